@@ -1,0 +1,93 @@
+// Reads and writes of a few consecutive elements, as float32 in registers and as any dtype in memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) { return value; }
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+
+// The elements of a thread's share that lie at [column, column + kElements) of a row of `columns`.
+constexpr int kElements = 8;
+
+// kElements elements as they lie in memory: half the registers of float32 for 16-bit types.
+template <typename T>
+struct Packed {
+    static constexpr int kPerWord = 16 / sizeof(T);
+    uint4 words[kElements / kPerWord];
+
+    __device__ __forceinline__ float operator[](int i) const {
+        return to_float(reinterpret_cast<const T*>(words)[i]);
+    }
+    __device__ __forceinline__ void set(int i, float value) { reinterpret_cast<T*>(words)[i] = from_float<T>(value); }
+};
+
+// aligned: `row` and the row's length are multiples of 16 bytes, so that whole 16-byte words can be read.
+// Elements past the end of the row read as 0.
+template <typename T>
+__device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int columns, bool aligned) {
+    Packed<T> packed;
+    constexpr int kPerWord = Packed<T>::kPerWord;
+    if (aligned && column + kElements <= columns) {
+#pragma unroll
+        for (int i = 0; i < kElements / kPerWord; ++i)
+            packed.words[i] = *reinterpret_cast<const uint4*>(row + column + i * kPerWord);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) packed.set(i, column + i < columns ? to_float(row[column + i]) : 0.0f);
+    }
+    return packed;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, int column, int columns, bool aligned) {
+    constexpr int kPerWord = Packed<T>::kPerWord;
+    if (aligned && column + kElements <= columns) {
+#pragma unroll
+        for (int i = 0; i < kElements / kPerWord; ++i)
+            *reinterpret_cast<uint4*>(row + column + i * kPerWord) = packed.words[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < kElements; ++i)
+            if (column + i < columns) row[column + i] = reinterpret_cast<const T*>(packed.words)[i];
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void load_vector(float (&out)[kElements], const T* row, int column, int columns, bool aligned) {
+    const Packed<T> packed = load_packed(row, column, columns, aligned);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) out[i] = packed[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* row, const float (&in)[kElements], int column, int columns, bool aligned) {
+    Packed<T> packed;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) packed.set(i, in[i]);
+    store_packed(row, packed, column, columns, aligned);
+}
+
+// For parameters, which hold either T or float32, known only at run time.
+template <typename T>
+__device__ __forceinline__ void load_vector_as(float (&out)[kElements], const void* row, bool is_float, int column,
+                                               int columns, bool aligned) {
+    if (is_float)
+        load_vector(out, static_cast<const float*>(row), column, columns, aligned);
+    else
+        load_vector(out, static_cast<const T*>(row), column, columns, aligned);
+}

@@ -1,0 +1,55 @@
+// LayerNorm over rows of N elements, with the residual addition and dropout before it folded in.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+struct LayerNormFwdParams {
+    const void* x;         // (M, N), rows x_stride apart
+    const void* residual;  // (M, N), rows residual_stride apart, or null
+    const void* weight;    // (N,)
+    const void* bias;      // (N,) or null
+    const int64_t* seed;   // (1,) or null
+    void* y;               // (M, N) of x's dtype
+    void* h;               // (M, N) of residual's dtype: dropout(x) + residual; null without a residual
+    float* mean;           // (M,)
+    float* rstd;           // (M,)
+    int64_t rows;
+    int columns;
+    int64_t x_stride, residual_stride;
+    float eps, keep_scale;
+    uint32_t drop_below;
+    DType x_dtype;
+    bool residual_is_float, weight_is_float;
+};
+
+struct LayerNormBwdParams {
+    const void* dy;      // (M, N) of x's dtype, rows dy_stride apart
+    const void* dh;      // (M, N) of h's dtype, rows dh_stride apart, or null
+    const void* h;       // (M, N), rows h_stride apart
+    const void* weight;  // (N,)
+    const float* mean;   // (M,)
+    const float* rstd;   // (M,)
+    const int64_t* seed; // (1,) or null
+    void* grad_h;        // (M, N) of h's dtype
+    void* grad_x;        // (M, N) of x's dtype, or null where it is grad_h
+    float* partials;     // (2, P, N): each CTA's share of the weight's and the bias's gradient; null: neither is wanted
+    void* grad_weight;   // (N,) or null
+    void* grad_bias;     // (N,) or null
+    int64_t rows;
+    int columns, partial_rows;
+    int64_t dy_stride, dh_stride, h_stride;
+    float keep_scale;
+    uint32_t drop_below;
+    DType x_dtype;
+    bool h_is_float, weight_is_float;
+};
+
+cudaError_t layer_norm_fwd(const LayerNormFwdParams& params, cudaStream_t stream);
+cudaError_t layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream);
+
+// The CTAs that layer_norm_bwd launches: the P of its partials.
+int layer_norm_bwd_partial_rows(int64_t rows, int columns, int sm_count);

@@ -1,0 +1,14 @@
+#include "layer_norm/layer_norm_bwd_kernel.cuh"
+
+cudaError_t layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream) {
+    return with_type(params.x_dtype, [&](auto type) {
+        using T = decltype(type);
+        return params.h_is_float ? launch_layer_norm_bwd<T, float>(params, stream)
+                                        : launch_layer_norm_bwd<T, T>(params, stream);
+    });
+}
+
+int layer_norm_bwd_partial_rows(int64_t rows, int columns, int sm_count) {
+    const RowShape shape = row_shape(columns);
+    return layer_norm_bwd_ctas(rows, shape, sm_count) * shape.rows_per_cta;
+}

@@ -1,0 +1,12 @@
+"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, MLP and loss, in Triton and CUDA C++.
+
+import gptkernels as gk
+y = gk.layer_norm(x, weight, bias)                    # the fastest backend that supports the call
+print(gk.explain(gk.layer_norm, x, weight, bias))     # which one that is, and why not the others
+"""
+
+from .dispatch import UnsupportedError, explain
+from .ops.layer_norm import add_layer_norm, layer_norm
+
+__version__ = "0.1.0"
+__all__ = ["UnsupportedError", "add_layer_norm", "explain", "layer_norm"]

@@ -1,0 +1,68 @@
+"""Facts about the devices that tensors live on, and what it takes to launch a kernel there."""
+
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+
+# Dense bfloat16 TFLOP/s and GB/s as the vendor's data sheets state them, by the name that the driver reports.
+DATASHEET = {
+    "NVIDIA A100-SXM4-40GB": (312, 1555),
+    "NVIDIA A100-SXM4-80GB": (312, 2039),
+    "NVIDIA A100 80GB PCIe": (312, 1935),
+    "NVIDIA H100 80GB HBM3": (989, 3352),
+    "NVIDIA H100 PCIe": (756, 2039),
+    "NVIDIA H100 NVL": (835, 3938),
+    "NVIDIA H200": (989, 4800),
+}
+
+# What the simulator stands in for on CPU tensors: set by gptkernels.simulator, None outside of it.
+simulated_arch: int | None = None
+
+
+def is_simulated(device: torch.device) -> bool:
+    return device.type == "cpu" and simulated_arch is not None
+
+
+@lru_cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as a number: 80, 89, 90, 100; 0 where there is none."""
+    if device.type == "cuda":
+        properties = _properties(_index(device))
+        return properties.major * 10 + properties.minor
+    return simulated_arch or 0 if device.type == "cpu" else 0
+
+
+def sm_count(device: torch.device) -> int:
+    if device.type == "cuda":
+        return _properties(_index(device)).multi_processor_count
+    # Few CTAs on the simulator, so that small tests still loop over several tiles in each.
+    return 4
+
+
+def triton_unsupported(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on this device's tensors, or None."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return "triton is not installed (pip install 'triton>=3.6,<3.9')"
+    if device.type == "cuda":
+        return None if arch(device) >= 80 else f"needs compute capability 8.0, this GPU has {arch(device) / 10}"
+    if is_simulated(device) or (device.type == "cpu" and knobs.runtime.interpret):
+        return None
+    return f"runs on CUDA tensors, not {device.type} (see gptkernels.simulator for CPU tensors)"
+
+
+def on_device(device: torch.device):
+    """A context in which `device` is the current one: launches go to the current device, whatever the tensors say."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

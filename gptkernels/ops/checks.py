@@ -1,0 +1,41 @@
+"""Argument checks that ops share. Each message names the argument, what was got and what is accepted."""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(name: str, value, *, dtypes=DTYPES, ndim: int | None = None, device=None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, not {value.layout}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {names(dtypes)}, not {names([value.dtype])}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimension{'s' * (ndim != 1)}, not shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, not on {value.device}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple, meaning: str) -> None:
+    """meaning: where `shape` comes from, such as "x's last dimension"."""
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), not {tuple(value.shape)}")
+
+
+def check_number(name: str, value, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if not (value > above and value >= at_least and value < below):
+        bounds = [f"> {above}"] * (above > -math.inf) + [f">= {at_least}"] * (at_least > -math.inf)
+        bounds += [f"< {below}"] * (below < math.inf)
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")

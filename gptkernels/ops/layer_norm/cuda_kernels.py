@@ -1,0 +1,111 @@
+"""LayerNorm in CUDA C++ (csrc/layer_norm): compute capability 8.0 and up."""
+
+import torch
+from torch import Tensor
+
+from ... import cuda_library, hardware
+from ...torch_library import torch_op
+from ..dropout import threshold
+from .outputs import bwd_outputs, fwd_outputs
+
+MAX_COLUMNS = 65536
+
+
+def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor) -> str | None:
+    if x.shape[-1] > MAX_COLUMNS:
+        return f"takes rows of up to {MAX_COLUMNS} elements, not {x.shape[-1]}"
+    return cuda_library.unsupported(x.device)
+
+
+@torch_op(fake=fwd_outputs)
+def layer_norm_fwd(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual: (M, N), weight, bias: (N,), seed: (1,) -> y, h = dropout(x) + residual: (M, N), mean, rstd: (M,)"""
+    outputs = y, h, mean, rstd = fwd_outputs(x, residual, weight, bias, seed, eps, dropout)
+    rows, columns = x.shape
+    if rows == 0:
+        return outputs
+    cuda_library.launch(
+        "layer_norm_fwd",
+        x,
+        residual,
+        weight,
+        bias,
+        seed,
+        y,
+        None if residual is None else h,
+        mean,
+        rstd,
+        rows,
+        columns,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        1 / (1 - dropout),
+        threshold(dropout),
+        cuda_library.DTYPE[x.dtype],
+        residual is not None and residual.dtype == torch.float32,
+        weight.dtype == torch.float32,
+    )
+    return outputs
+
+
+@torch_op(fake=bwd_outputs)
+def layer_norm_bwd(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy, dh, h: (M, N), weight: (N,), mean, rstd: (M,) -> gradients of h, x: (M, N), weight, bias: (N,)"""
+    outputs = grad_h, grad_x, grad_weight, grad_bias = bwd_outputs(
+        dy, dh, h, weight, mean, rstd, seed, dropout, weight_grad, bias_grad
+    )
+    rows, columns = h.shape
+    if rows == 0:
+        grad_weight.zero_(), grad_bias.zero_()
+        return outputs
+    partial_rows = cuda_library.load().layer_norm_bwd_partial_rows(rows, columns, hardware.sm_count(h.device))
+    partials = None
+    if weight_grad or bias_grad:
+        partials = torch.empty((2, partial_rows, columns), dtype=torch.float32, device=h.device)
+    cuda_library.launch(
+        "layer_norm_bwd",
+        dy,
+        dh,
+        h,
+        weight,
+        mean,
+        rstd,
+        seed,
+        grad_h,
+        grad_x if grad_x.ndim == 2 else None,
+        partials,
+        grad_weight if weight_grad else None,
+        grad_bias if bias_grad else None,
+        rows,
+        columns,
+        partial_rows,
+        dy.stride(0),
+        0 if dh is None else dh.stride(0),
+        h.stride(0),
+        1 / (1 - dropout),
+        threshold(dropout),
+        cuda_library.DTYPE[dy.dtype],
+        h.dtype == torch.float32,
+        weight.dtype == torch.float32,
+    )
+    return outputs

@@ -1,0 +1,114 @@
+"""LayerNorm over the last dimension, alone or with the residual addition (and dropout) before it in the same pass."""
+
+import torch
+from torch import Tensor
+
+from ...dispatch import select
+from ...torch_library import first_order_only
+from .. import checks
+from ..dropout import draw_seed
+from . import cuda_kernels, eager, triton_kernels
+
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto"
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, statistics in float32.
+
+    x: (..., N), weight, bias: (N,) -> (..., N) in x's dtype, contiguous.
+    Parameters have x's dtype or float32. Rows may have any stride; an x whose rows are not evenly spaced, or whose
+    last dimension is not contiguous, is copied once.
+    """
+    check_rows("x", x)
+    check_parameters(x, weight, bias, eps)
+    return run("layer_norm", x, None, weight, bias, eps, 0.0, backend)[0]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """-> (layer_norm(h), h) with h = dropout(x) + residual, in one pass; backward folds both gradients of h into one.
+
+    x, residual: (..., N), weight, bias: (N,). The normalised output has x's dtype, h has residual's: x's or float32
+    (a float32 residual stream under bfloat16 layers). dropout is applied whenever it is > 0: pass 0.0 in evaluation.
+    """
+    check_rows("x", x)
+    checks.check_tensor("residual", residual, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
+    checks.check_shape("residual", residual, x.shape, "x's shape")
+    check_parameters(x, weight, bias, eps)
+    checks.check_number("dropout", dropout, at_least=0, below=1)
+    return run("add_layer_norm", x, residual, weight, bias, eps, float(dropout), backend)
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    checks.check_tensor(name, x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, not shape {tuple(x.shape)}")
+
+
+def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    checks.check_tensor("weight", weight, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
+    checks.check_shape("weight", weight, x.shape[-1:], "x's last dimension")
+    if bias is not None:
+        checks.check_tensor("bias", bias, dtypes=(weight.dtype,), device=x.device)
+        checks.check_shape("bias", bias, x.shape[-1:], "x's last dimension")
+    checks.check_number("eps", eps, above=0)
+
+
+def run(op, x, residual, weight, bias, eps, dropout, backend):
+    kernels = select(op, BACKENDS, backend, x.device, (x, residual, weight))
+    y, h = LayerNormFunction.apply(op, kernels, as_rows(x), as_rows(residual), weight, bias, float(eps), dropout)
+    return y.view(x.shape), h if residual is None else h.view(x.shape)
+
+
+def as_rows(x: Tensor | None) -> Tensor | None:
+    """(..., N) -> (M, N) with a contiguous last dimension: a view where the layout allows it, else one copy."""
+    if x is None:
+        return None
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+class LayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, kernels, x, residual, weight, bias, eps, dropout):
+        weight = weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        seed = draw_seed(x.device) if dropout else None
+        y, h, mean, rstd = kernels.layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout)
+        ctx.save_for_backward(x if residual is None else h, weight, mean, rstd, seed)
+        ctx.op, ctx.kernels, ctx.dtype, ctx.dropout, ctx.has_residual = (
+            op,
+            kernels,
+            x.dtype,
+            dropout,
+            residual is not None,
+        )
+        ctx.set_materialize_grads(False)
+        return y, h if residual is not None else None
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        h, weight, mean, rstd, seed = ctx.saved_tensors
+        needs_weight, needs_bias = ctx.needs_input_grad[4:6]
+        if dy is None:  # only h was used
+            dy = torch.zeros_like(h, dtype=ctx.dtype)
+        grad_h, grad_x, grad_weight, grad_bias = ctx.kernels.layer_norm_bwd(
+            as_rows(dy), as_rows(dh), h, weight, mean, rstd, seed, ctx.dropout, needs_weight, needs_bias
+        )
+        grads = (
+            grad_x if grad_x.ndim == 2 else grad_h,
+            grad_h if ctx.has_residual else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+        )
+        return None, None, *first_order_only(ctx.op, grads, (dy, dh, h, weight)), None, None

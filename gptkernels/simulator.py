@@ -1,0 +1,57 @@
+"""Runs the kernels on CPU tensors in the PTX simulator (tests/ptxemu: pip install ./tests/ptxemu).
+
+with simulator.use(arch=90, seed=1):
+    gk.layer_norm(x, weight, backend="triton")      # CPU tensors, the PTX that a GPU would get
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from . import cuda_library, hardware
+
+
+def unavailable() -> str | None:
+    """Why the simulator cannot run here, or None."""
+    try:
+        import ptxemu.triton_driver  # noqa: F401
+    except ImportError as error:
+        return f"the simulator is not installed ({error}): pip install ./tests/ptxemu in a checkout"
+    return None
+
+
+def cuda_unavailable() -> str | None:
+    """Why the compiled CUDA library cannot run in the simulator here, or None."""
+    if unavailable():
+        return unavailable()
+    import ptxemu.cuda
+
+    try:
+        ptxemu.cuda.load_runtime()
+    except (ImportError, OSError) as error:
+        return f"the simulator's CUDA runtime does not load beside this torch ({torch.__version__}): {error}"
+    return cuda_library._find() if isinstance(cuda_library._find(), str) else None
+
+
+@contextmanager
+def use(arch: int = 90, seed: int = 0):
+    """Triton and the CUDA library run on CPU tensors, as `arch`, on a schedule drawn from `seed`. Yields ptxemu's
+    Triton driver, whose `last_launch.stats` count what the last Triton kernel did."""
+    import ptxemu
+    from ptxemu import triton_driver
+
+    saved = hardware.simulated_arch, cuda_library.around_launch
+    driver = triton_driver.install(arch=arch, seed=seed)
+    hardware.simulated_arch = arch
+    try:
+        if cuda_unavailable():
+            yield driver
+        else:
+            import ptxemu.cuda
+
+            with ptxemu.cuda.use(seed=seed):
+                cuda_library.around_launch = lambda tensors: ptxemu.registered(*tensors)
+                yield driver
+    finally:
+        hardware.simulated_arch, cuda_library.around_launch = saved
+        triton_driver.uninstall()

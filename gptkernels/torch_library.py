@@ -1,0 +1,55 @@
+"""Launchers as torch.library ops: opaque to torch.compile, and at no cost when nothing is compiling."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .dispatch import UnsupportedError
+
+
+def torch_op(fake: Callable) -> Callable:
+    """Makes `<op>_fwd` in `<backend>_kernels.py` the op `gptkernels::<op>_fwd_<backend>`.
+
+    fake: takes the launcher's arguments and returns its outputs, allocated and not filled in.
+    Under torch.compile and on tensor subclasses (fake, functional, ...) calls go through the dispatcher; plain tensors
+    reach the launcher directly, because the dispatcher costs more than a small kernel takes.
+    """
+
+    def wrap(launcher: Callable) -> Callable:
+        backend = launcher.__module__.rsplit(".", 1)[-1].removesuffix("_kernels")
+        op = torch.library.custom_op(f"gptkernels::{launcher.__name__}_{backend}", launcher, mutates_args=())
+        op.register_fake(fake)
+
+        @functools.wraps(launcher)
+        def call(first, *rest):
+            if torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter):
+                return op(first, *rest)
+            return launcher(first, *rest)
+
+        call.torch_op = op
+        return call
+
+    return wrap
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes gradients on, tied to what they came from, so that differentiating them again is an error."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise UnsupportedError(f"{ctx.op}: double backward is not supported (backend='eager' neither)")
+
+
+def first_order_only(op: str, grads: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]) -> tuple:
+    """The gradients of `op` computed from `sources` outside of autograd's sight. Under create_graph=True they would
+    look like constants, and second derivatives would silently miss them: this makes those an error instead."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return grads
+    return _OnceDifferentiable.apply(op, len(grads), *grads, *sources)
