@@ -1,0 +1,37 @@
+// Attention on sm_90a: what the launchers take. No torch, no pybind.
+#pragma once
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+// Query i of a row sees key j when key_start <= j and i + offset - left <= j <= i + offset + right, where
+// offset = k_len - q_len aligns the mask bottom-right. kUnbounded on either side: no limit there.
+constexpr int kUnbounded = 1 << 30;
+
+struct AttentionShape {
+    int batch;            // documents, with cu_seqlens
+    int heads, kv_heads;  // kv_heads divides heads
+    int q_len, k_len;     // rows of all documents together, with cu_seqlens
+    int head_dim;         // a multiple of 8, at most 256
+    int left, right;
+    float scale;            // positive
+    const int* key_start;   // (batch,) or null
+    const int* cu_seqlens;  // (batch + 1,) or null
+};
+
+// Elements from one batch entry (0 with cu_seqlens), head and row to the next; multiples of 8.
+struct AttentionStrides {
+    int64_t batch, head, row;
+};
+
+struct AttentionFwdParams {
+    AttentionShape shape;
+    int dtype;  // as in common/dtype.h: float16 or bfloat16
+    int sm_count;
+    const void *q, *k, *v;  // (batch, heads, q_len, head_dim), (batch, kv_heads, k_len, head_dim) twice
+    void* out;              // as q
+    AttentionStrides q_strides, k_strides, v_strides, out_strides;
+    float* lse;         // (batch, heads, q_len) or (heads, q_len), natural logarithm
+    int* tile_counter;  // (1,), scratch
+};
+
+cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);

@@ -1,0 +1,69 @@
+// Online softmax over the scores that a consumer thread of the forward pass holds.
+#pragma once
+#include "common/hopper.cuh"
+
+// Row statistics of a thread's two rows, base 2. `max` may lag behind the true maximum by up to kLag: as both the sum
+// and the output are relative to it that is exact, and most blocks need not rescale the output.
+struct AttentionSoftmax {
+    static constexpr float kLag = 8.f;
+    float max[2], sum[2], factor[2];
+    float scale;  // of the scores, times log2(e)
+
+    __device__ __forceinline__ explicit AttentionSoftmax(float scale) : scale(scale) {
+        max[0] = max[1] = -INFINITY;
+        sum[0] = sum[1] = 0.f;
+    }
+
+    // Turns scores into exponentials; true if what was summed before must be multiplied by `factor`.
+    template <int R>
+    __device__ __forceinline__ bool update(float (&s)[R]) {
+        float block_max[2] = {max[0], max[1]};
+#pragma unroll
+        for (int i = 0; i < R; i += 4) {
+            block_max[0] = fmaxf(fmaxf(block_max[0], s[i]), s[i + 1]);
+            block_max[1] = fmaxf(fmaxf(block_max[1], s[i + 2]), s[i + 3]);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 1));
+            block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 2));
+        }
+        const bool rescale =
+            __any_sync(~0u, (block_max[0] - max[0]) * scale > kLag || (block_max[1] - max[1]) * scale > kLag);
+        if (rescale) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                factor[h] = exp2_approx((max[h] - reference(block_max[h])) * scale);
+                sum[h] *= factor[h];
+                max[h] = block_max[h];
+            }
+        }
+        const float base[2] = {reference(max[0]) * scale, reference(max[1]) * scale};
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+            s[i] = exp2_approx(fmaf(s[i], scale, -base[i / 2 % 2]));
+            sum[i / 2 % 2] += s[i];
+        }
+        return rescale;
+    }
+
+    // What a row's scores are relative to: a row that has seen no key yet must not compute -inf - -inf.
+    static __device__ __forceinline__ float reference(float max) { return max == -INFINITY ? 0.f : max; }
+
+    // Sums over the four threads that share a row.
+    __device__ __forceinline__ void finish() {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+            sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        }
+    }
+
+    // A row that sees no key has output 0.
+    __device__ __forceinline__ float inverse_sum(int h) const { return sum[h] == 0.f ? 0.f : 1.f / sum[h]; }
+
+    __device__ __forceinline__ float lse(int h) const {
+        constexpr float kLn2 = 0.693147180559945f;
+        return sum[h] == 0.f ? -INFINITY : kLn2 * fmaf(reference(max[h]), scale, log2f(sum[h]));
+    }
+};

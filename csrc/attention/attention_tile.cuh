@@ -1,0 +1,154 @@
+// What forward and backward share: which tile a CTA works on next, and which keys its rows see.
+#pragma once
+#include "attention/attention.h"
+#include "common/hopper.cuh"
+
+// A block of rows (queries in the forward pass, keys in the backward) of one head of one sequence.
+struct __align__(16) AttentionTile {
+    int batch, head, block;  // block < 0: there are no more tiles
+    int q_row, k_row;        // where the sequence starts, in rows of q and of k
+    int q_len, k_len;
+    int key_start;
+};
+
+// Longest tiles first, in sections of as many heads as have their keys and values in the L2 cache together.
+struct AttentionTileOrder {
+    int heads;   // heads whose rows are cut into blocks: query heads forward, key heads backward
+    int blocks;  // per head; unused with cu_seqlens
+    int section_heads;
+    bool last_block_longest;
+};
+
+inline AttentionTileOrder attention_tile_order(const AttentionShape& shape, int heads, int rows, int block_rows,
+                                               int64_t bytes_per_head, bool last_block_longest) {
+    constexpr int64_t kL2Bytes = 32 << 20;
+    int64_t section = kL2Bytes / (bytes_per_head ? bytes_per_head : 1);
+    section = section < 1 ? 1 : section > shape.batch * int64_t(heads) ? shape.batch * int64_t(heads) : section;
+    return {heads, (rows + block_rows - 1) / block_rows, int(section), last_block_longest};
+}
+
+// No fewer than there are.
+inline int64_t attention_tile_count(const AttentionShape& shape, const AttentionTileOrder& order, int rows,
+                                    int block_rows) {
+    return int64_t(order.heads) *
+           (shape.cu_seqlens ? rows / block_rows + int64_t(shape.batch) : shape.batch * int64_t(order.blocks));
+}
+
+// (head_dim, rows, heads, batch), in boxes of one swizzled panel.
+inline bool attention_tensor_map(CUtensorMap* map, CUtensorMapDataType type, const void* data,
+                                 const AttentionStrides& strides, const AttentionShape& shape, int heads, int rows,
+                                 int panel, int box_rows) {
+    const int batch = shape.cu_seqlens ? 1 : shape.batch;
+    // A dimension of one entry may have any stride in torch; the driver wants a multiple of 16 bytes.
+    auto bytes = [&](int64_t stride, int entries) { return cuuint64_t(entries > 1 ? 2 * stride : 16); };
+    const cuuint64_t dims[4] = {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
+    const cuuint64_t steps[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
+    const cuuint32_t box[4] = {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1};
+    return encode_tensor_map(map, type, 2, data, 4, dims, steps, box) == CUDA_SUCCESS;
+}
+
+#ifdef __CUDACC__
+
+// The tile of this index; called by whole warps. `BlockRows` rows of q, or of k, to a block.
+template <int BlockRows>
+__device__ __forceinline__ AttentionTile locate_tile(const AttentionShape& shape, const AttentionTileOrder& order,
+                                                     int index) {
+    AttentionTile tile;
+    tile.block = -1;
+    if (shape.cu_seqlens) {
+        const int lane = threadIdx.x % 32;
+        const int unit = index / order.heads;
+        int before = 0;
+        for (int base = 0; base < shape.batch; base += 32) {
+            const int document = base + lane;
+            const int first = document < shape.batch ? shape.cu_seqlens[document] : 0;
+            const int length = document < shape.batch ? shape.cu_seqlens[document + 1] - first : 0;
+            const int blocks = (length + BlockRows - 1) / BlockRows;
+            int through = blocks;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(~0u, through, step);
+                if (lane >= step) through += other;
+            }
+            const unsigned reached = __ballot_sync(~0u, unit < before + through);
+            if (reached) {
+                const int source = __ffs(reached) - 1;
+                const int rank = unit - before - __shfl_sync(~0u, through - blocks, source);
+                const int count = __shfl_sync(~0u, blocks, source);
+                tile.batch = base + source;
+                tile.head = index % order.heads;
+                tile.block = order.last_block_longest ? count - 1 - rank : rank;
+                tile.q_row = tile.k_row = __shfl_sync(~0u, first, source);
+                tile.q_len = tile.k_len = __shfl_sync(~0u, length, source);
+                tile.key_start = 0;
+                return tile;
+            }
+            before += __shfl_sync(~0u, through, 31);
+        }
+        return tile;
+    }
+    const int heads = shape.batch * order.heads;
+    const int section = index / (order.section_heads * order.blocks);
+    const int first_head = section * order.section_heads;
+    if (first_head >= heads) return tile;
+    const int within = index - first_head * order.blocks;
+    const int section_heads = min(order.section_heads, heads - first_head);
+    const int rank = within / section_heads;
+    const int head = first_head + within % section_heads;
+    tile.batch = head / order.heads;
+    tile.head = head % order.heads;
+    tile.block = order.last_block_longest ? order.blocks - 1 - rank : rank;
+    tile.q_row = tile.k_row = 0;
+    tile.q_len = shape.q_len;
+    tile.k_len = shape.k_len;
+    tile.key_start = shape.key_start ? max(shape.key_start[tile.batch], 0) : 0;
+    return tile;
+}
+
+// Keys first ... last, both visible; empty when last < first.
+struct KeyRange {
+    int first, last;
+};
+
+__device__ __forceinline__ KeyRange visible_keys(const AttentionShape& shape, const AttentionTile& tile, int query) {
+    const int diagonal = query + tile.k_len - tile.q_len;
+    return {max(tile.key_start, diagonal - shape.left), min(tile.k_len - 1, diagonal + shape.right)};
+}
+
+// Half-open ranges of blocks.
+struct BlockRange {
+    int begin, end;
+};
+
+// Blocks of keys that any of `count` queries sees.
+template <int BlockN>
+__device__ __forceinline__ BlockRange key_blocks(const AttentionShape& shape, const AttentionTile& tile, int query,
+                                                 int count) {
+    const int first = visible_keys(shape, tile, query).first;
+    const int last = visible_keys(shape, tile, min(query + count, tile.q_len) - 1).last;
+    return last < first ? BlockRange{0, 0} : BlockRange{first / BlockN, last / BlockN + 1};
+}
+
+// Sets scores of a thread's row (h = 0 or 1) outside columns low ... high to -inf; its columns are 8 i + {0, 1}.
+template <int R>
+__device__ __forceinline__ void mask_row(float (&s)[R], int h, int low, int high) {
+#pragma unroll
+    for (int i = 0; i < R; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int column = 2 * i + e;
+            s[i + 2 * h + e] = column < low || column > high ? -INFINITY : s[i + 2 * h + e];
+        }
+    }
+}
+
+// Clears a tile from row `from` on, `threads` threads together: what lies past a sequence's end belongs to the next, and
+// a weight of 0 does not hide its NaNs.
+template <int Panels, int Rows, int RowBytes>
+__device__ __forceinline__ void clear_rows(char* tile, int from, int thread, int threads) {
+    for (int p = 0; p < Panels; ++p)
+        for (int byte = from * RowBytes + 16 * thread; byte < Rows * RowBytes; byte += 16 * threads)
+            *reinterpret_cast<uint4*>(tile + p * Rows * RowBytes + byte) = uint4{0, 0, 0, 0};
+}
+
+#endif  // __CUDACC__

@@ -1,0 +1,302 @@
+// Every Hopper instruction that the kernels use, wrapped once: barriers, TMA, wgmma and register budgets.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include <type_traits>
+
+// Host: tensor maps.
+
+// dims, strides (bytes, of dimensions 1 and up) and box innermost first; the swizzle is as wide as the box's rows.
+inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* data,
+                                  int rank, const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box) {
+    // The driver is asked for its entry point at run time so that nothing links against it.
+    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    static const Encode encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) !=
+                cudaSuccess ||
+            found != cudaDriverEntryPointSuccess)
+            function = nullptr;
+        return Encode(function);
+    }();
+    if (!encode) return CUDA_ERROR_NOT_FOUND;
+    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+    const auto swizzle = box[0] * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+    return encode(map, type, rank, const_cast<void*>(data), dims, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+template <class T>
+constexpr CUtensorMapDataType tensor_map_type() {
+    return std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+#ifdef __CUDACC__
+
+// Threads, warps and registers.
+
+constexpr int kWarpgroup = 128;
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// The same value in every lane, which the compiler cannot know of threadIdx.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+__device__ __forceinline__ bool elect_one() {
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+    return elected;
+}
+
+template <int Registers>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// Named barriers; 0 is __syncthreads. `threads` counts those that sync and those that arrive.
+
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// mbarriers, by shared address.
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra retry;\n}\n" ::
+            "r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// A place in a ring of `Stages` buffers: which buffer, and the parity of its current round.
+template <int Stages>
+struct RingPlace {
+    uint32_t stage = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (Stages == 1 || ++stage == Stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The bulk copy engine.
+
+// Orders ordinary shared-memory writes before the copies and wgmmas that read them.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
+                                            int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_store(void* to, uint32_t from, int bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_reduce_add(float* to, uint32_t from, int bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until the sources of this thread's copies may be overwritten.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Until this thread's copies are written.
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Orders writes of the bulk copy engine to global memory before later ordinary ones, and the other way round.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+__device__ __forceinline__ void red_release_add(int* at, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(const int* at) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+
+// Four 8x8 blocks of 16-bit elements; lane i addresses row i % 8 of block i / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b),
+                 "r"(c), "r"(d)
+                 : "memory");
+}
+
+// Arithmetic.
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t packed;
+    if constexpr (std::is_same_v<T, __half>)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// wgmma. Tiles lie in shared memory as panels of `Rows` rows of 128 or 64 bytes, swizzled as wide as their rows.
+
+template <int RowBytes>
+constexpr uint64_t kSwizzleMode = RowBytes == 128 ? uint64_t(1) << 62 : uint64_t(2) << 62;
+
+// An operand whose depth (K) runs along its rows. A step of 16 in depth is 32 bytes further, within the row.
+template <int RowBytes>
+__device__ __forceinline__ uint64_t operand_depth_in_rows(uint32_t address) {
+    return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(8 * RowBytes >> 4) << 32 |
+           kSwizzleMode<RowBytes>;
+}
+
+// An operand whose rows are its depth: M or N runs along the rows, then from panel to panel.
+template <int RowBytes>
+__device__ __forceinline__ uint64_t operand_depth_across_rows(uint32_t address, int panel_bytes) {
+    return uint64_t((address & 0x3ffff) >> 4) | uint64_t(panel_bytes >> 4) << 16 | uint64_t(8 * RowBytes >> 4) << 32 |
+           kSwizzleMode<RowBytes>;
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most `Pending` groups are in flight.
+template <int Pending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+// Keeps the compiler from moving uses of registers that a wgmma owns across this point.
+template <class R, int N>
+__device__ __forceinline__ void pin(R (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if constexpr (std::is_same_v<R, float>)
+            asm volatile("" : "+f"(registers[i])::"memory");
+        else
+            asm volatile("" : "+r"(registers[i])::"memory");
+    }
+}
+
+template <int N, class T, bool TransposeA, bool TransposeB>
+struct Wgmma;
+
+#define GK_TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define GK_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define GK_F16(i) GK_F4(i), GK_F4(i + 4), GK_F4(i + 8), GK_F4(i + 12)
+#define GK_F32(i) GK_F16(i), GK_F16(i + 16)
+#define GK_F64(i) GK_F32(i), GK_F32(i + 32)
+
+#define GK_LIST_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31"
+#define GK_LIST_40 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
+#define GK_LIST_48 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47"
+#define GK_LIST_64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) "%60,%61,%62,%63"
+#define GK_LIST_128                                                                                                  \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) GK_TEN(6) GK_TEN(7) GK_TEN(8) \
+        GK_TEN(9) GK_TEN(10) GK_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+
+#define GK_ACCUMULATOR_32 GK_F32(0)
+#define GK_ACCUMULATOR_40 GK_F32(0), GK_F4(32), GK_F4(36)
+#define GK_ACCUMULATOR_48 GK_F32(0), GK_F16(32)
+#define GK_ACCUMULATOR_64 GK_F64(0)
+#define GK_ACCUMULATOR_128 GK_F64(0), GK_F64(64)
+
+// d (64 x N, R registers) = a * b + (accumulate ? d : 0), a from shared memory or from registers. o0 ... o6 name the
+// operands after the accumulator.
+#define GK_WGMMA_OF(N, R, TYPE, PTX_TYPE, o0, o1, o2, o3, o4, o5, o6)                                             \
+    template <bool TransposeA, bool TransposeB>                                                                   \
+    struct Wgmma<N, TYPE, TransposeA, TransposeB> {                                                               \
+        static __device__ __forceinline__ void multiply(float (&d)[R], uint64_t a, uint64_t b, bool accumulate) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o2                                                   \
+                         ", 0;\n"                                                                                 \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " {" GK_LIST_##R \
+                         "}, " o0 ", " o1 ", p, 1, 1, " o3 ", " o4 ";\n}\n"                                       \
+                         : GK_ACCUMULATOR_##R                                                                     \
+                         : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(TransposeA)), "n"(int(TransposeB)));     \
+        }                                                                                                         \
+        static __device__ __forceinline__ void multiply(float (&d)[R], const uint32_t* a, uint64_t b,             \
+                                                        bool accumulate) {                                        \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o5                                                   \
+                         ", 0;\n"                                                                                 \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." PTX_TYPE "." PTX_TYPE " {" GK_LIST_##R \
+                         "}, {" o0 "," o1 "," o2 "," o3 "}, " o4 ", p, 1, 1, " o6 ";\n}\n"                        \
+                         : GK_ACCUMULATOR_##R                                                                     \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)),              \
+                           "n"(int(TransposeB)));                                                                 \
+        }                                                                                                         \
+    };
+#define GK_WGMMA(N, R, ...)                               \
+    GK_WGMMA_OF(N, R, __nv_bfloat16, "bf16", __VA_ARGS__) \
+    GK_WGMMA_OF(N, R, __half, "f16", __VA_ARGS__)
+
+GK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+GK_WGMMA(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
+GK_WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+GK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+GK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
+
+#undef GK_TEN
+#undef GK_F4
+#undef GK_F16
+#undef GK_F32
+#undef GK_F64
+#undef GK_WGMMA
+#undef GK_WGMMA_OF
+
+#endif  // __CUDACC__
