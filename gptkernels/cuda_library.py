@@ -63,14 +63,19 @@ def load() -> ModuleType:
     return library
 
 
+def missing() -> str | None:
+    """Why there is no library to call, or None."""
+    library = _find()
+    return library if isinstance(library, str) else None
+
+
 def unsupported(device: torch.device, min_arch: int = 80) -> str | None:
     """Why kernels of the library that need `min_arch` cannot run on this device's tensors, or None."""
     if device.type != "cuda" and not hardware.is_simulated(device):
         return f"runs on CUDA tensors, not {device.type}"
     if hardware.arch(device) < min_arch:
         return f"needs compute capability {min_arch / 10}, this device has {hardware.arch(device) / 10}"
-    library = _find()
-    return library if isinstance(library, str) else None
+    return missing()
 
 
 def launch(name: str, *args) -> None:

@@ -30,7 +30,10 @@ def cuda_unavailable() -> str | None:
         ptxemu.cuda.load_runtime()
     except (ImportError, OSError) as error:
         return f"the simulator's CUDA runtime does not load beside this torch ({torch.__version__}): {error}"
-    return cuda_library._find() if isinstance(cuda_library._find(), str) else None
+    if isinstance(cuda_library._find(), str):
+        # It may have been looked for before there was a CUDA runtime to load it with.
+        cuda_library._find.cache_clear()
+    return cuda_library.missing()
 
 
 @contextmanager

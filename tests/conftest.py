@@ -1,0 +1,110 @@
+"""Where kernels run in the tests: --device=auto|cuda|simulator|interpreter (auto: cuda where there is one)."""
+
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="auto", choices=("auto", "cuda", "simulator", "interpreter"))
+
+
+def pytest_configure(config):
+    # Triton reads this when kernels are defined, which is when gptkernels is imported.
+    if config.getoption("--device") == "interpreter":
+        assert "triton" not in sys.modules, "--device=interpreter must come before Triton is imported"
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@dataclass(frozen=True)
+class Where:
+    """A place where kernels run: a GPU, or the simulator as one architecture on one schedule."""
+
+    kind: str
+    arch: int = 0
+    seed: int = 0
+
+    def __str__(self):
+        return f"sm{self.arch}-seed{self.seed}" if self.kind == "simulator" else self.kind
+
+    @property
+    def device(self):
+        import torch
+
+        return torch.device("cuda" if self.kind == "cuda" else "cpu")
+
+    def active(self):
+        from gptkernels import simulator
+
+        return simulator.use(self.arch, self.seed) if self.kind == "simulator" else nullcontext()
+
+    def require(self, backend: str) -> None:
+        """Skips, with the reason, what cannot run here. A CUDA library that could be built and was not is a failure."""
+        from gptkernels import cuda_build, simulator
+
+        if self.kind == "interpreter":
+            if backend == "cuda":
+                pytest.skip("the interpreter runs Triton kernels only")
+            return
+        if self.kind != "simulator":
+            return
+        if simulator.unavailable():
+            pytest.skip(simulator.unavailable())
+        reason = simulator.cuda_unavailable() if backend == "cuda" else None
+        if reason and cuda_build.find_nvcc() and "does not load beside this torch" not in reason:
+            pytest.fail(f"nvcc is here, so the CUDA library should be: {reason}")
+        if reason:
+            pytest.skip(reason)
+
+
+def device_kind(config) -> str:
+    kind = config.getoption("--device")
+    if kind != "auto":
+        return kind
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "simulator"
+
+
+def pytest_generate_tests(metafunc):
+    """`where`: each of a few places; `anywhere`: the first of them."""
+    kind = device_kind(metafunc.config)
+    if kind == "simulator":
+        places = [Where(kind, 80, 0), Where(kind, 90, 1)]
+    else:
+        places = [Where(kind)]
+    for name, chosen in (("where", places), ("anywhere", places[-1:])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, chosen, ids=str, indirect=True)
+
+
+@pytest.fixture
+def where(request):
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture
+def anywhere(request):
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    import torch
+
+    torch.manual_seed(0)
+
+
+def pytest_report_header(config):
+    from gptkernels import cuda_library, simulator
+
+    return [
+        f"kernels run on: {device_kind(config)}",
+        f"simulator: {simulator.unavailable() or 'installed'}",
+        f"CUDA library: {cuda_library.missing() or 'sources ' + cuda_library.load().source_hash}",
+    ]
