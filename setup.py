@@ -36,10 +36,11 @@ class BuildCudaLibrary(build_ext):
 
 packages = find_packages(include=["gptkernels", "gptkernels.*"])
 csrc_folders = sorted({path.parent for path in (ROOT / "csrc").rglob("*") if path.is_file()})
+csrc_packages = ["gptkernels." + ".".join(folder.relative_to(ROOT).parts) for folder in csrc_folders]
 
 setup(
     # csrc travels inside the package, so that `gptkernels build` works from an installed wheel.
-    packages=[*packages, *("gptkernels." + ".".join(folder.relative_to(ROOT).parts) for folder in csrc_folders)],
+    packages=[*packages, *csrc_packages],
     package_dir={"gptkernels": "gptkernels", "gptkernels.csrc": "csrc"},
     package_data={
         "gptkernels": ["py.typed"],

@@ -103,8 +103,10 @@ def same_random_numbers():
 def pytest_report_header(config):
     from gptkernels import cuda_library, simulator
 
+    kind = device_kind(config)
+    missing = simulator.cuda_unavailable() if kind == "simulator" else cuda_library.missing()
     return [
-        f"kernels run on: {device_kind(config)}",
+        f"kernels run on: {kind}",
         f"simulator: {simulator.unavailable() or 'installed'}",
-        f"CUDA library: {cuda_library.missing() or 'sources ' + cuda_library.load().source_hash}",
+        f"CUDA library: {missing or 'built from the sources at hand'}",
     ]

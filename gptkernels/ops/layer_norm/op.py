@@ -86,13 +86,8 @@ class LayerNormFunction(torch.autograd.Function):
         seed = draw_seed(x.device) if dropout else None
         y, h, mean, rstd = kernels.layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout)
         ctx.save_for_backward(x if residual is None else h, weight, mean, rstd, seed)
-        ctx.op, ctx.kernels, ctx.dtype, ctx.dropout, ctx.has_residual = (
-            op,
-            kernels,
-            x.dtype,
-            dropout,
-            residual is not None,
-        )
+        ctx.op, ctx.kernels, ctx.dtype, ctx.dropout = op, kernels, x.dtype, dropout
+        ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
         return y, h if residual is not None else None
 

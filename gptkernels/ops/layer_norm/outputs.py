@@ -16,7 +16,7 @@ def fwd_outputs(
     eps: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual: (M, N) -> y: (M, N) in x's dtype, h = x + residual: (M, N) in residual's, mean, rstd: (M,) float32"""
+    """x, residual: (M, N) -> y: (M, N) in x's dtype, h: (M, N) in residual's, mean, rstd: (M,) in float32"""
     rows, columns = x.shape
     y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     if residual is None:
@@ -40,7 +40,7 @@ def bwd_outputs(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy, h: (M, N) -> gradient of h: (M, N) in h's dtype, of x: (M, N) in dy's where it differs, of weight, bias: (N,)"""
+    """dy, h: (M, N) -> gradients of h: (M, N) in h's dtype, x: (M, N) in dy's if that differs, weight, bias: (N,)"""
     rows, columns = h.shape
     grad_h = torch.empty((rows, columns), dtype=h.dtype, device=h.device)
     x_differs = dropout > 0 or dy.dtype != h.dtype
