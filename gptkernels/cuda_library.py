@@ -63,6 +63,7 @@ def load() -> ModuleType:
     return library
 
 
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Why there is no library to call, or None."""
     library = _find()

@@ -33,6 +33,7 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+@torch.compiler.assume_constant_result
 def arch(device: torch.device) -> int:
     """Compute capability as a number: 80, 89, 90, 100; 0 where there is none."""
     if device.type == "cuda":
@@ -48,6 +49,7 @@ def sm_count(device: torch.device) -> int:
     return 4
 
 
+@torch.compiler.assume_constant_result
 def triton_unsupported(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device's tensors, or None."""
     try:

@@ -1,7 +1,7 @@
 """The one check that every op has to pass: forward and every gradient against the float64 reference.
 
-An op may be at most twice as far from the float64 result as the reference itself is when it runs in the op's dtypes
-(PyTorch's own rounding), and has to have NaN and Inf in the same places.
+An op may be at most twice as far from the float64 result as plain PyTorch is in the op's own dtypes, and has to have
+NaN and Inf in the same places.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,9 @@ def run(op: Callable, tensors: dict[str, Tensor], cotangents: list[Tensor] | Non
     if cotangents is None:
         cotangents = [torch.randn_like(out.detach().float()).to(out.dtype) for out in outputs]
     cotangents = [c.to(device=o.device, dtype=o.dtype) for o, c in zip(outputs, cotangents, strict=True)]
-    return outputs, dict(zip(wanted, torch.autograd.grad(outputs, list(wanted.values()), cotangents), strict=True))
+    pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    grads = torch.autograd.grad([out for out, _ in pairs], list(wanted.values()), [cotangent for _, cotangent in pairs])
+    return outputs, dict(zip(wanted, grads, strict=True))
 
 
 def converted(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -80,11 +82,13 @@ def assert_parity(
     *,
     kwargs: dict | None = None,
     reference_kwargs: dict | None = None,
+    ordinary: Callable | None = None,
     cotangents: list[Tensor] | None = None,
 ) -> float:
     """Runs op(**tensors, **kwargs) and its backward pass, both with NaN-filled allocations, and compares.
 
-    Returns the largest share of the allowed error that was used up.
+    ordinary: what people would write in PyTorch, called like the reference; its error is the measure of the allowed
+    one (by default the reference's own). Returns the largest share of the allowed error that was used up.
     """
     reference_kwargs = (kwargs or {}) if reference_kwargs is None else reference_kwargs
     truth_inputs = converted(tensors, torch.float64)
@@ -96,7 +100,7 @@ def assert_parity(
     # Everything gets the cotangents as the op saw them, rounded to its outputs' dtypes.
     seen = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     truths, truth_grads = run(reference, truth_inputs, seen, **reference_kwargs)
-    ordinaries, ordinary_grads = run(reference, converted(tensors, None), seen, **reference_kwargs)
+    ordinaries, ordinary_grads = run(ordinary or reference, converted(tensors, None), seen, **reference_kwargs)
     used = [
         check(f"output {i}", output, truth, ordinary)
         for i, (output, truth, ordinary) in enumerate(zip(outputs, truths, ordinaries, strict=True))

@@ -1,3 +1,3 @@
-from .op import LayerNormFunction, add_layer_norm, layer_norm
+from .op import AddLayerNormFunction, LayerNormFunction, add_layer_norm, layer_norm
 
-__all__ = ["LayerNormFunction", "add_layer_norm", "layer_norm"]
+__all__ = ["AddLayerNormFunction", "LayerNormFunction", "add_layer_norm", "layer_norm"]

@@ -23,7 +23,9 @@ def layer_norm(
     """
     check_rows("x", x)
     check_parameters(x, weight, bias, eps)
-    return run("layer_norm", x, None, weight, bias, eps, 0.0, backend)[0]
+    kernels = select("layer_norm", BACKENDS, backend, x.device, (x, None, weight))
+    bias = None if bias is None else bias.contiguous()
+    return LayerNormFunction.apply(kernels, as_rows(x), weight.contiguous(), bias, float(eps)).view(x.shape)
 
 
 def add_layer_norm(
@@ -46,7 +48,12 @@ def add_layer_norm(
     checks.check_shape("residual", residual, x.shape, "x's shape")
     check_parameters(x, weight, bias, eps)
     checks.check_number("dropout", dropout, at_least=0, below=1)
-    return run("add_layer_norm", x, residual, weight, bias, eps, float(dropout), backend)
+    kernels = select("add_layer_norm", BACKENDS, backend, x.device, (x, residual, weight))
+    bias = None if bias is None else bias.contiguous()
+    y, h = AddLayerNormFunction.apply(
+        kernels, as_rows(x), as_rows(residual), weight.contiguous(), bias, float(eps), float(dropout)
+    )
+    return y.view(x.shape), h.view(x.shape)
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -64,46 +71,50 @@ def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
     checks.check_number("eps", eps, above=0)
 
 
-def run(op, x, residual, weight, bias, eps, dropout, backend):
-    kernels = select(op, BACKENDS, backend, x.device, (x, residual, weight))
-    y, h = LayerNormFunction.apply(op, kernels, as_rows(x), as_rows(residual), weight, bias, float(eps), dropout)
-    return y.view(x.shape), h if residual is None else h.view(x.shape)
-
-
-def as_rows(x: Tensor | None) -> Tensor | None:
+def as_rows(x: Tensor) -> Tensor:
     """(..., N) -> (M, N) with a contiguous last dimension: a view where the layout allows it, else one copy."""
-    if x is None:
-        return None
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty((0, x.shape[-1]))
+    rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, kernels, x, residual, weight, bias, eps, dropout):
-        weight = weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
+    def forward(ctx, kernels, x, weight, bias, eps):
+        y, _, mean, rstd = kernels.layer_norm_fwd(x, None, weight, bias, None, eps, 0.0)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:4]
+        grad_x, _, grad_weight, grad_bias = ctx.kernels.layer_norm_bwd(
+            as_rows(dy), None, x, weight, mean, rstd, None, 0.0, *needs
+        )
+        grads = grad_x, grad_weight if needs[0] else None, grad_bias if needs[1] else None
+        return None, *first_order_only("layer_norm", grads, (dy, x, weight)), None
+
+
+class AddLayerNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, x, residual, weight, bias, eps, dropout):
         seed = draw_seed(x.device) if dropout else None
         y, h, mean, rstd = kernels.layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout)
-        ctx.save_for_backward(x if residual is None else h, weight, mean, rstd, seed)
-        ctx.op, ctx.kernels, ctx.dtype, ctx.dropout = op, kernels, x.dtype, dropout
-        ctx.has_residual = residual is not None
+        ctx.save_for_backward(h, weight, mean, rstd, seed)
+        ctx.kernels, ctx.dtype, ctx.dropout = kernels, x.dtype, dropout
         ctx.set_materialize_grads(False)
-        return y, h if residual is not None else None
+        return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
         h, weight, mean, rstd, seed = ctx.saved_tensors
-        needs_weight, needs_bias = ctx.needs_input_grad[4:6]
-        if dy is None:  # only h was used
-            dy = torch.zeros_like(h, dtype=ctx.dtype)
+        needs = ctx.needs_input_grad[3:5]
+        dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else as_rows(dy)
+        dh = None if dh is None else as_rows(dh)
         grad_h, grad_x, grad_weight, grad_bias = ctx.kernels.layer_norm_bwd(
-            as_rows(dy), as_rows(dh), h, weight, mean, rstd, seed, ctx.dropout, needs_weight, needs_bias
+            dy, dh, h, weight, mean, rstd, seed, ctx.dropout, *needs
         )
-        grads = (
-            grad_x if grad_x.ndim == 2 else grad_h,
-            grad_h if ctx.has_residual else None,
-            grad_weight if needs_weight else None,
-            grad_bias if needs_bias else None,
-        )
-        return None, None, *first_order_only(ctx.op, grads, (dy, dh, h, weight)), None, None
+        grad_x = grad_x if grad_x.ndim == 2 else grad_h
+        grads = grad_x, grad_h, grad_weight if needs[0] else None, grad_bias if needs[1] else None
+        return None, *first_order_only("add_layer_norm", grads, (dy, dh, h, weight)), None, None

@@ -1,0 +1,151 @@
+"""What torch does with ops: compiles them, checks their schemas, recomputes, differentiates again, maps over them."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import gptkernels as gk
+from gptkernels.ops.dropout import draw_seed
+from gptkernels.ops.layer_norm import cuda_kernels, eager, triton_kernels
+
+BACKENDS = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}
+
+
+def inputs(where, rows=4, columns=64):
+    shapes = [(rows, columns), (rows, columns), (columns,), (columns,)]
+    return [torch.randn(shape, device=where.device, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph(anywhere, backend, dropout):
+    anywhere.require(backend)
+    torch._dynamo.reset()
+
+    def block(x, residual, weight, bias):
+        y, h = gk.add_layer_norm(x * 2, residual, weight, bias, dropout=dropout, backend=backend)
+        return gk.layer_norm(y + h, weight, backend=backend).sin()
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    tensors = inputs(anywhere)
+    results = []
+    for function in (block, compiled):
+        torch.manual_seed(5)
+        out = function(*tensors)
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_dynamic_shapes(anywhere, backend):
+    anywhere.require(backend)
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda x, w: gk.layer_norm(x, w, backend=backend), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    weight = torch.randn(48, device=anywhere.device)
+    for rows in (3, 5, 9):
+        x = torch.randn(rows, 48, device=anywhere.device)
+        torch.testing.assert_close(function(x, weight), gk.layer_norm(x, weight, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(anywhere, backend):
+    anywhere.require(backend)
+    kernels = BACKENDS[backend]
+    x, residual, weight, bias = (t.detach() for t in inputs(anywhere))
+    seed = draw_seed(x.device)
+    for arguments in (
+        (x, None, weight, None, None, 1e-5, 0.0),
+        (x, residual, weight, bias, None, 1e-5, 0.0),
+        (x.bfloat16(), residual, weight, bias, seed, 1e-5, 0.5),
+    ):
+        torch.library.opcheck(kernels.layer_norm_fwd.torch_op, arguments)
+    mean, rstd = torch.randn(4, device=x.device), torch.rand(4, device=x.device)
+    for arguments in (
+        (x, None, residual, weight, mean, rstd, None, 0.0, True, True),
+        (x.bfloat16(), x, residual, weight, mean, rstd, seed, 0.5, True, False),
+        (x, x, residual, weight, mean, rstd, None, 0.0, False, False),
+    ):
+        torch.library.opcheck(kernels.layer_norm_bwd.torch_op, arguments)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoint_repeats_dropout(anywhere, backend, use_reentrant):
+    anywhere.require(backend)
+    tensors = inputs(anywhere)
+
+    def block(*arguments):
+        y, h = gk.add_layer_norm(*arguments, dropout=0.3, backend=backend)
+        return y * h
+
+    results = []
+    for run in (block, lambda *arguments: checkpoint(block, *arguments, use_reentrant=use_reentrant)):
+        torch.manual_seed(11)
+        out = run(*tensors)
+        out.sum().backward()
+        results.append((out, *(t.grad.clone() for t in tensors)))
+        for t in tensors:
+            t.grad = None
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_is_an_error(anywhere, backend):
+    anywhere.require(backend)
+    x, residual, weight, bias = inputs(anywhere)
+    y, h = gk.add_layer_norm(x, residual, weight, bias, backend=backend)
+    first = torch.autograd.grad((y * y + h).sum(), (x, weight), create_graph=True)
+    expected = torch.autograd.grad((y * y + h).sum(), (x, weight))
+    for a, b in zip(first, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(gk.UnsupportedError, match="add_layer_norm: double backward"):
+        first[0].square().sum().backward()
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_function_transforms_are_an_error(anywhere, backend, transform):
+    anywhere.require(backend)
+    weight = torch.randn(64, device=anywhere.device)
+    with pytest.raises(RuntimeError, match=r"functorch transforms|vmap"):
+        transform(lambda x: gk.layer_norm(x, weight, backend=backend).sum())(torch.randn(4, 64, device=anywhere.device))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph(backend):
+    tensors = [t.cuda().detach().requires_grad_() for t in inputs(type("Cpu", (), {"device": "cpu"}))]
+
+    def step():
+        y, h = gk.add_layer_norm(*tensors, dropout=0.1, backend=backend)
+        return (y, h, *torch.autograd.grad((y * h).sum(), tensors))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    torch.manual_seed(1)
+    graph.replay()
+    first = [t.clone() for t in captured]
+    graph.replay()
+    assert not torch.equal(first[1], captured[1]), "dropout must differ between replays"
+    torch.manual_seed(1)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(first, captured, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernels_run_where_their_tensors_are(backend):
+    x, weight = torch.randn(8, 64, device="cuda:1"), torch.randn(64, device="cuda:1")
+    with torch.cuda.device(0):
+        y = gk.layer_norm(x, weight, backend=backend)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,), weight))
