@@ -1,0 +1,43 @@
+"""Decoding with PyTorch's own kernels, row by row: lengths are read on the host, which on CUDA waits for the GPU."""
+
+import torch
+from torch import Tensor
+
+from ....torch_library import torch_op
+from ..eager import block_fwd
+from ..outputs import decode_outputs
+from ..visibility import visible_at
+
+
+def unsupported(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
+) -> str | None:
+    return None
+
+
+@torch_op(fake=decode_outputs)
+def decode_attention_fwd(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D)"""
+    out = decode_outputs(q, k_cache, v_cache, lengths, window, scale).zero_()
+    tokens, capacity = q.shape[2], k_cache.shape[2]
+    for b, length in enumerate(lengths.tolist()):
+        if not length:
+            continue
+        oldest = max(0, length - tokens)  # position of the first query that exists
+        first = 0 if window is None else max(0, oldest - window + 1)
+        if length <= capacity:
+            slots = slice(first, length)
+            key = torch.arange(first, length, device=q.device)
+        else:
+            # The ring is full. Which position a slot holds does not matter to the sum, only to the mask.
+            slots = slice(0, capacity)
+            key = length - 1 - (length - 1 - torch.arange(capacity, device=q.device)) % capacity
+        position = torch.arange(oldest, length, device=q.device).unsqueeze(1)
+        row, queries = slice(b, b + 1), slice(tokens - (length - oldest), tokens)
+        seen = visible_at(position, key, True, window)
+        out[row, :, queries] = block_fwd(
+            q[row, :, queries], k_cache[row, :, slots], v_cache[row, :, slots], seen, None, scale
+        )[0]
+    return out

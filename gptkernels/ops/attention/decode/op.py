@@ -1,0 +1,77 @@
+"""Attention of the newest tokens over a cache of keys and values."""
+
+import torch
+from torch import Tensor
+
+from ....dispatch import select
+from ... import checks
+from ..op import autocast, check_heads, check_scale, check_window
+from . import eager, triton_kernels
+
+BACKENDS = {"triton": triton_kernels, "eager": eager}
+MAX_TOKENS = 16
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention of the newest Tq tokens of each row, whose keys and values are in the cache already.
+
+    q: (B, H, Tq, D), Tq up to 16; k_cache, v_cache: (B, Hkv, capacity, D); lengths: (B,) int32, the tokens of each row
+    so far, the newest Tq included -> (B, H, Tq, D). Has no gradient.
+
+    The token at position p (from 0) is in slot p % capacity.
+    - Without a window, or with one above `capacity`, nothing may have been overwritten: lengths <= capacity.
+    - With window <= capacity the cache may be a ring, and lengths may be anything. The oldest of the Tq queries sees
+      `window` keys and the newest one Tq - 1 more, so a ring needs window + Tq - 1 slots: `window` for one token at a
+      time. Fewer is an error.
+    Slots that no query sees may hold anything, NaN included. A row of length 0 gives zeros. Values of lengths are
+    checked on CPU tensors only.
+    """
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    check_heads(q, k_cache, v_cache, packed=False, names=("k_cache", "v_cache"))
+    check_window(window)
+    check_scale(scale)
+    check_cache(q, k_cache, lengths, window)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+        raise ValueError("q, k_cache and v_cache must not require gradients (decode_attention has none): use no_grad()")
+    if window is not None and window > k_cache.shape[2]:
+        window = None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    kernels = select("decode_attention", BACKENDS, backend, q.device, (q, k_cache, v_cache, lengths, window, scale))
+    return kernels.decode_attention_fwd(q, k_cache, v_cache, lengths, window, scale)
+
+
+def check_cache(q: Tensor, k_cache: Tensor, lengths: Tensor, window: int | None) -> None:
+    tokens, capacity = q.shape[2], k_cache.shape[2]
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(f"q must have 1 ... {MAX_TOKENS} tokens (dimension 2), not {tokens}; attention takes more")
+    if window is not None and window <= capacity < window + tokens - 1:
+        raise ValueError(
+            f"k_cache must have at least window + Tq - 1 = {window + tokens - 1} slots for {tokens} tokens at a time "
+            f"and a window of {window}, not {capacity}"
+        )
+    checks.check_tensor("lengths", lengths, dtypes=(torch.int32,), ndim=1, device=q.device)
+    checks.check_shape("lengths", lengths, q.shape[:1], "q's batch")
+    if (
+        lengths.device.type == "cpu"
+        and type(lengths) is Tensor
+        and lengths.numel()
+        and not torch.compiler.is_compiling()
+    ):
+        shortest, longest = lengths.min().item(), lengths.max().item()
+        if shortest < 0:
+            raise ValueError(f"lengths must be at least 0, not {shortest}")
+        if longest > capacity and (window is None or window > capacity):
+            raise ValueError(
+                f"lengths must be at most the cache's {capacity} slots, not {longest}; more takes a window that the "
+                "cache holds"
+            )

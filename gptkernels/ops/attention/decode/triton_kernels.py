@@ -1,0 +1,259 @@
+"""Decoding in Triton: the keys of a row are split among programs, whose results a second kernel combines."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .... import hardware
+from ....torch_library import torch_op
+from ..outputs import decode_outputs
+from ..triton_blocks import add_weighted, inner_products, zeros_head
+from ..triton_launch import head_parts
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def load_rows(
+    ptr,  # (..., D)
+    offsets,  # (ROWS,) int64, where rows start
+    mask,  # (ROWS,)
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+):
+    """-> (ROWS, D1), (ROWS, D2), zeros where not mask"""
+    column = tl.arange(0, D1)[None, :]
+    part1 = tl.load(ptr + offsets[:, None] + column, mask=mask[:, None] & (column < D), other=0.0)
+    part2 = part1
+    if D2 > 0:
+        column = D1 + tl.arange(0, D2)[None, :]
+        part2 = tl.load(ptr + offsets[:, None] + column, mask=mask[:, None] & (column < D), other=0.0)
+    return part1, part2
+
+
+@triton.jit
+def store_rows(ptr, offsets, mask, part1, part2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """offsets, mask: (ROWS,), part1: (ROWS, D1), part2: (ROWS, D2)"""
+    column = tl.arange(0, D1)[None, :]
+    element = ptr.dtype.element_ty
+    tl.store(ptr + offsets[:, None] + column, part1.to(element), mask=mask[:, None] & (column < D))
+    if D2 > 0:
+        column = D1 + tl.arange(0, D2)[None, :]
+        tl.store(ptr + offsets[:, None] + column, part2.to(element), mask=mask[:, None] & (column < D))
+
+
+@triton.jit
+def decode_attention_fwd_kernel(
+    q_ptr,  # (B, H, Tq, D)
+    k_ptr,  # (B, Hkv, capacity, D)
+    v_ptr,  # as k
+    lengths_ptr,  # (B,) int32
+    out_ptr,  # (splits, B, H, Tq, D), each split's own result; with one split the result
+    lse_ptr,  # (splits, B, H, Tq) float32, in base 2; unused with one split
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    k_stride_b,
+    k_stride_h,
+    k_stride_t,
+    v_stride_b,
+    v_stride_h,
+    v_stride_t,
+    out_stride_split,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
+    batch,
+    heads,
+    group,
+    tokens,
+    capacity,
+    window,
+    scale,  # times log2(e)
+    WINDOWED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    kv_heads = heads // group
+    b, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), (tl.program_id(0) % kv_heads).to(tl.int64)
+    # Rows are the tokens of all heads that share these keys.
+    row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_rows = row < group * tokens
+    head, token = kv_head * group + row // tokens, row % tokens
+    length = tl.load(lengths_ptr + b)
+    if not WINDOWED:
+        length = tl.minimum(length, capacity)
+    position = length - tokens + token
+
+    first = length * 0
+    if WINDOWED:
+        first = tl.maximum(length - tokens - window + 1, 0)
+    # Each split takes the same number of whole blocks.
+    share = tl.cdiv(tl.cdiv(length - first, BLOCK_N), splits) * BLOCK_N
+    start = first + split * share
+    stop = tl.minimum(start + share, length)
+
+    q1, q2 = load_rows(q_ptr, b * q_stride_b + head * q_stride_h + token * q_stride_t, in_rows, D, D1, D2)
+    sum1, sum2 = zeros_head(BLOCK_M, D1, D2)
+    peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    k_ptr += b * k_stride_b + kv_head * k_stride_h
+    v_ptr += b * v_stride_b + kv_head * v_stride_h
+    for block in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        key = block + tl.arange(0, BLOCK_N)
+        slot = (key % capacity).to(tl.int64)
+        k1, k2 = load_rows(k_ptr, slot * k_stride_t, key < stop, D, D1, D2)
+        scores = inner_products(q1, q2, k1, k2, D2)
+        seen = (key < stop)[None, :] & (key[None, :] <= position[:, None])
+        if WINDOWED:
+            seen = seen & (position[:, None] - key[None, :] < window)
+        scores = tl.where(seen, scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weights = tl.exp2(scores * scale - shift[:, None])
+        correction = tl.exp2(peak - shift)
+        total = total * correction + tl.sum(weights, 1)
+        v1, v2 = load_rows(v_ptr, slot * v_stride_t, key < stop, D, D1, D2)
+        sum1 = sum1 * correction[:, None]
+        if D2 > 0:
+            sum2 = sum2 * correction[:, None]
+        sum1, sum2 = add_weighted(sum1, sum2, weights, v1, v2, D2)
+        peak = new_peak
+
+    sees_any = total != 0
+    inverse = 1 / tl.where(sees_any, total, 1.0)
+    sum1 = sum1 * inverse[:, None]
+    if D2 > 0:
+        sum2 = sum2 * inverse[:, None]
+    offsets = split.to(tl.int64) * out_stride_split + b * out_stride_b + head * out_stride_h + token * out_stride_t
+    store_rows(out_ptr, offsets, in_rows, sum1, sum2, D, D1, D2)
+    if SPLIT:
+        lse = tl.where(sees_any, peak + tl.log2(total), -float("inf"))
+        tl.store(lse_ptr + ((split.to(tl.int64) * batch + b) * heads + head) * tokens + token, lse, mask=in_rows)
+
+
+@triton.jit
+def decode_attention_combine_kernel(
+    parts_ptr,  # (splits, B * H * Tq, D) float32
+    lse_ptr,  # (splits, B * H * Tq) float32, in base 2
+    out_ptr,  # (B, H, Tq, D)
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
+    rows,
+    heads,
+    tokens,
+    splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    split = tl.arange(0, BLOCK_SPLITS)
+    lse = tl.load(lse_ptr + split.to(tl.int64) * rows + row, mask=split < splits, other=-float("inf"))
+    peak = tl.max(lse, 0)
+    share = tl.exp2(lse - tl.where(peak == -float("inf"), 0.0, peak))
+    total = tl.sum(share, 0)
+    share = share / tl.where(total == 0, 1.0, total)
+    # Splits without keys wrote zeros.
+    offsets = (split.to(tl.int64) * rows + row)[:, None] * D + column
+    parts = tl.load(parts_ptr + offsets, mask=(split < splits)[:, None] & (column < D), other=0.0)
+    out = tl.sum(parts * share[:, None], 0)[None, :]
+    b, h, t = row // (heads * tokens), row // tokens % heads, row % tokens
+    out_ptr += b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + t.to(tl.int64) * out_stride_t
+    tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
+
+
+def unsupported(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
+) -> str | None:
+    return hardware.triton_unsupported(q.device)
+
+
+# Keys a program takes at a time by bytes per element and padded head size: BLOCK_N, warps, stages.
+LAUNCH = {
+    2: {16: (128, 4, 3), 32: (128, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
+    4: {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2)},
+}
+MAX_ROWS = 32
+MAX_SPLITS = 64
+
+
+@torch_op(fake=decode_outputs)
+def decode_attention_fwd(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D)"""
+    out = decode_outputs(q, k_cache, v_cache, lengths, window, scale)
+    (batch, heads, tokens, head_size), (_, kv_heads, capacity, _) = q.shape, k_cache.shape
+    if capacity == 0 or out.numel() == 0:
+        return out.zero_()
+    group = heads // kv_heads
+    d1, d2 = head_parts(head_size)
+    block_n, warps, stages = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
+    block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group * tokens)))
+    row_tiles = triton.cdiv(group * tokens, block_m)
+    # Lengths stay on the device: as many splits as the most keys there can be, and a full GPU, give work to.
+    reach = capacity if window is None else min(capacity, window + tokens - 1)
+    wanted = triton.cdiv(2 * hardware.sm_count(q.device), batch * kv_heads * row_tiles)
+    splits = max(1, min(wanted, triton.cdiv(reach, 2 * block_n), MAX_SPLITS))
+    if splits == 1:
+        parts, lse, out_strides = out, lengths, (0, *out.stride()[:3])
+    else:
+        parts = torch.empty((splits, batch, heads, tokens, head_size), dtype=torch.float32, device=q.device)
+        lse = torch.empty((splits, batch, heads, tokens), dtype=torch.float32, device=q.device)
+        out_strides = parts.stride()[:4]
+    with hardware.on_device(q.device):
+        decode_attention_fwd_kernel[(batch * kv_heads, splits, row_tiles)](
+            q,
+            k_cache,
+            v_cache,
+            lengths,
+            parts,
+            lse,
+            *q.stride()[:3],
+            *k_cache.stride()[:3],
+            *v_cache.stride()[:3],
+            *out_strides,
+            batch,
+            heads,
+            group,
+            tokens,
+            capacity,
+            window or 0,
+            scale * LOG2E,
+            WINDOWED=window is not None,
+            SPLIT=splits > 1,
+            D=head_size,
+            D1=d1,
+            D2=d2,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            STAGES=stages,
+            num_warps=warps,
+        )
+        if splits > 1:
+            decode_attention_combine_kernel[(batch * heads * tokens,)](
+                parts,
+                lse,
+                out,
+                *out.stride()[:3],
+                batch * heads * tokens,
+                heads,
+                tokens,
+                splits,
+                D=head_size,
+                BLOCK_D=triton.next_power_of_2(head_size),
+                BLOCK_SPLITS=triton.next_power_of_2(splits),
+                num_warps=4,
+            )
+    return out

@@ -1,0 +1,317 @@
+"""Attention with PyTorch's own kernels, in blocks of queries that read only the keys they see: time and memory grow
+with the band, not with the square. Every device and dtype, and the fallback.
+
+Padding and packed documents become calls on slices, so lengths are read on the host: on CUDA this waits for the GPU.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...torch_library import torch_op
+from .outputs import bwd_outputs, fwd_outputs
+from .visibility import dropout_keep, visible_at
+
+# On the CPU PyTorch fuses the softmax into the products, and hands back the log-sum-exp that backward needs.
+fused_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+fused_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> str | None:
+    return None
+
+
+class Sequences(NamedTuple):
+    """Sequences of one length: rows of a batch, or one packed document, without the keys that are padding."""
+
+    batch: slice
+    queries: slice
+    keys: slice
+    packed: bool
+
+    def select(self, x: Tensor, tokens: slice) -> Tensor:
+        """x: (B, H, T, D) or packed (T, H, D) -> (B', H, T', D)"""
+        return x[tokens].transpose(0, 1).unsqueeze(0) if self.packed else x[self.batch, :, tokens]
+
+    def select_lse(self, lse: Tensor) -> Tensor:
+        """lse: (B, H, Tq) or packed (H, T) -> (B', H, Tq')"""
+        return lse[:, self.queries].unsqueeze(0) if self.packed else lse[self.batch]
+
+    def dropout_row(self, lse: Tensor) -> Tensor:
+        """lse: (B, H, Tq) or packed (H, T) -> (B', H, 1, 1): the dropout row of each head's first query here"""
+        heads = lse.shape[:-1].numel()
+        row = torch.arange(heads, device=lse.device) * lse.shape[-1] + self.queries.start
+        return row.view(1, -1, 1, 1) if self.packed else row.view(*lse.shape[:2], 1, 1)[self.batch]
+
+
+def sequences(q: Tensor, k: Tensor, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[Sequences]:
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            yield Sequences(slice(0, 1), slice(start, end), slice(start, end), True)
+    elif key_start is not None:
+        for b, start in enumerate(key_start.tolist()):
+            yield Sequences(slice(b, b + 1), slice(0, q.shape[2]), slice(start, k.shape[2]), False)
+    else:
+        yield Sequences(slice(0, q.shape[0]), slice(0, q.shape[2]), slice(0, k.shape[2]), False)
+
+
+class Block(NamedTuple):
+    """Queries of a sequence and the range of keys they see; `offset`: the first query's position less the first key."""
+
+    queries: slice
+    keys: slice
+    offset: int
+    causal: bool
+    window: int | None
+
+    def seen(self, device: torch.device) -> Tensor | None:
+        """(queries, keys) bool, or None where every query sees every key"""
+        m, n = self.queries.stop - self.queries.start, self.keys.stop - self.keys.start
+        return _seen(m, n, self.offset, self.causal, self.window, device)
+
+
+@lru_cache(maxsize=4)
+def _seen(m: int, n: int, offset: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    position = torch.arange(m, device=device).unsqueeze(1) + offset
+    seen = visible_at(position, torch.arange(n, device=device), causal, window)
+    return None if seen.all() else seen
+
+
+def blocks(queries: int, keys: int, causal: bool, window: int | None) -> Iterator[Block]:
+    """Queries that see no key are in no block."""
+    if not queries or not keys:
+        return
+    offset = keys - queries
+    if window is None and not causal:
+        yield Block(slice(0, queries), slice(0, keys), offset, causal, window)
+        return
+    ahead = 0 if causal else window - 1
+    rows = 256 if window is None else min(256, max(64, window // 4))
+    for start in range(max(0, -offset - ahead), queries, rows):
+        stop = min(start + rows, queries)
+        first = 0 if window is None else max(0, start + offset - window + 1)
+        last = min(keys, stop + offset + ahead)
+        yield Block(slice(start, stop), slice(first, last), start + offset - first, causal, window)
+
+
+@torch_op(fake=fwd_outputs)
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
+    cu_seqlens: (N + 1,); seed: (1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
+    out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+    out.zero_(), lse.fill_(-torch.inf)
+    for part in sequences(q, k, key_start, cu_seqlens):
+        q_part, out_part = part.select(q, part.queries), part.select(out, part.queries)
+        k_part, v_part = part.select(k, part.keys), part.select(v, part.keys)
+        lse_part = part.select_lse(lse)
+        if whole(q, q_part, k_part, causal, window, dropout):
+            out_whole, lse_whole, bad = fused_or_bad(q_part, k_part, v_part, None, True, scale)
+            if bad is None:
+                out_part.copy_(out_whole), lse_part.copy_(lse_whole)
+                continue
+        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window):
+            qb, kb, vb = q_part[:, :, block.queries], k_part[:, :, block.keys], v_part[:, :, block.keys]
+            seen, keep = block.seen(q.device), None
+            if dropout:
+                keep = kept(seed, part, block, lse, dropout)
+            out_block, lse_block = block_fwd(qb, kb, vb, seen, keep, scale)
+            out_part[:, :, block.queries], lse_part[:, :, block.queries] = out_block, lse_block
+        if whole(q, q_part, k_part, causal, window, dropout):
+            before = (bad.cumsum(-1) == 0).repeat_interleave(q_part.shape[1] // k_part.shape[1], 1)
+            out_part.copy_(torch.where(before.unsqueeze(-1), out_whole, out_part))
+            lse_part.copy_(torch.where(before, lse_whole, lse_part))
+    return out, lse
+
+
+@torch_op(fake=bwd_outputs)
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
+    -> dq, dk, dv: as q, k, v"""
+    grads = bwd_outputs(
+        dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
+    )
+    dq, dk, dv = (grad.zero_() for grad in grads)
+    for part in sequences(q, k, key_start, cu_seqlens):
+        q_part, out_part, dout_part, dq_part = (part.select(x, part.queries) for x in (q, out, dout, dq))
+        k_part, v_part, dk_part, dv_part = (part.select(x, part.keys) for x in (k, v, dk, dv))
+        lse_part = part.select_lse(lse)
+        if whole(q, q_part, k_part, causal, window, dropout):
+            arguments = dout_part, q_part, k_part, v_part, out_part, lse_part.contiguous()
+            for target, grad in zip(
+                (dq_part, dk_part, dv_part), fused_bwd(*arguments, 0.0, True, scale=scale), strict=True
+            ):
+                target.copy_(grad)
+            continue
+        # Keys get a share from each block that sees them: summed in float32, rounded once.
+        dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (dk_part, dv_part))
+        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window):
+            qb, ob, gb = (x[:, :, block.queries] for x in (q_part, out_part, dout_part))
+            kb, vb = k_part[:, :, block.keys], v_part[:, :, block.keys]
+            seen, keep = block.seen(q.device), None
+            if dropout:
+                keep = kept(seed, part, block, lse, dropout)
+            dq_block, dk_block, dv_block = block_bwd(
+                gb, qb, kb, vb, ob, lse_part[:, :, block.queries], seen, keep, scale
+            )
+            dq_part[:, :, block.queries] = dq_block
+            dk_sum[:, :, block.keys] += dk_block
+            dv_sum[:, :, block.keys] += dv_block
+        dk_part.copy_(dk_sum), dv_part.copy_(dv_sum)
+    return dq, dk, dv
+
+
+def whole(q: Tensor, q_part: Tensor, k_part: Tensor, causal: bool, window: int | None, dropout: float) -> bool:
+    """Whether the fused kernel's own causal mask, which starts at the first key, is the mask of the whole sequence."""
+    square = q_part.shape[2] == k_part.shape[2] > 0
+    return q.device.type == "cpu" and causal and window is None and not dropout and square
+
+
+def kept(seed: Tensor, part: Sequences, block: Block, lse: Tensor, dropout: float) -> Tensor:
+    """-> (B', H, queries, keys): 1 / (1 - dropout) where dropout keeps a weight, else 0"""
+    query = torch.arange(block.queries.start, block.queries.stop, device=lse.device).unsqueeze(1)
+    key = part.keys.start + torch.arange(block.keys.start, block.keys.stop, device=lse.device)
+    return dropout_keep(seed, part.dropout_row(lse) + query, key, dropout) / (1 - dropout)
+
+
+def grouped(x: Tensor, heads: int) -> Tensor:
+    """x: (B, H, T, D) -> (B, heads, H / heads, T, D) float32"""
+    return x.unflatten(1, (heads, -1)).float()
+
+
+def weights_of(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    scores = grouped(q, k.shape[1]) @ k.unsqueeze(2).float().mT * scale
+    return scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+
+
+def block_fwd(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """q: (B, H, M, D), k, v: (B, Hkv, N, D), seen: (M, N), keep: (B, H, M, N) -> out: (B, H, M, D), lse: (B, H, M)"""
+    if q.device.type == "cpu" and keep is None:
+        out, lse, bad = fused_or_bad(q, k, v, seen, False, scale)
+        if bad is None:
+            return out, lse
+        reached = (seen & bad.unsqueeze(2)).any(-1).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        exact = block_exact(q, k, v, seen, None, scale)
+        return torch.where(reached.unsqueeze(-1), exact[0].to(out.dtype), out), torch.where(reached, exact[1], lse)
+    return block_exact(q, k, v, seen, keep, scale)
+
+
+def fused_or_bad(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """q: (B, H, M, D), k, v: (B, Hkv, N, D), seen: (M, N) -> out: (B, H, M, D), lse: (B, H, M), and None or the keys
+    that are NaN or Inf: (B, Hkv, N) bool. Rows that see those are then wrong; the others are as if they were zeros.
+
+    A weight of zero times NaN is NaN, so a key that is not finite spoils also rows that do not see it.
+    """
+    bias = bias_of(seen, q.dtype)
+    out, lse = fused_fwd(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if (seen is None and not causal) or out.sum(dtype=torch.float32).isfinite():
+        return out, lse, None
+    bad = ~(k.isfinite() & v.isfinite()).all(-1)
+    k, v = (x.masked_fill(bad.unsqueeze(-1), 0) for x in (k, v))
+    return *fused_fwd(q, k, v, 0.0, causal, attn_mask=bias, scale=scale), bad
+
+
+def block_exact(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As block_fwd, step by step in float32"""
+    scores = weights_of(q, k, seen, scale)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp()
+    if keep is not None:
+        weights = weights * keep.unflatten(1, (k.shape[1], -1))
+    return weigh(weights, v.unsqueeze(2).float(), seen).flatten(1, 2), lse.flatten(1, 2)
+
+
+def weigh(weights: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """weights: (..., M, N), v: (..., N, D), seen: (M, N) -> (..., M, D); NaN or Inf in v reach only who sees them"""
+    out = weights @ v
+    if seen is None or out.sum().isfinite():
+        return out
+    # A weight of zero times NaN is NaN: the finite part as a product, the keys with another part one by one.
+    finite = v.masked_fill(~v.isfinite(), 0)
+    out = weights @ finite
+    for key in (~v.isfinite()).any(-1).flatten(0, -2).any(0).nonzero().flatten().tolist():
+        part = weights[..., key : key + 1] * v[..., key : key + 1, :].masked_fill(finite[..., key : key + 1, :] != 0, 0)
+        out += part.masked_fill(~seen[:, key : key + 1], 0)
+    return out
+
+
+@lru_cache(maxsize=4)
+def bias_of(seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(M, N) bool -> what to add to scores"""
+    if seen is None:
+        return None
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
+def block_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor | None,
+    keep: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, q, out: (B, H, M, D), k, v: (B, Hkv, N, D), lse: (B, H, M), seen: (M, N), keep: (B, H, M, N)
+    -> dq, dk, dv"""
+    if q.device.type == "cpu" and keep is None:
+        arguments = dout, q, k, v, out, lse.contiguous()
+        return fused_bwd(*arguments, 0.0, False, attn_mask=bias_of(seen, q.dtype), scale=scale)
+    heads = k.shape[1]
+    delta = grouped(dout * out.float(), heads).sum(-1, keepdim=True)
+    weights = (weights_of(q, k, seen, scale) - lse.unflatten(1, (heads, -1)).unsqueeze(-1)).exp()
+    dout, q, k, v = grouped(dout, heads), grouped(q, heads), k.unsqueeze(2).float(), v.unsqueeze(2).float()
+    dweights = dout @ v.mT
+    kept_weights = weights
+    if keep is not None:
+        keep = keep.unflatten(1, (heads, -1))
+        kept_weights, dweights = weights * keep, dweights * keep
+    dscores = weights * (dweights - delta) * scale
+    return (dscores @ k).flatten(1, 2), (dscores.mT @ q).sum(2), (kept_weights.mT @ dout).sum(2)

@@ -1,0 +1,138 @@
+"""Attention, dense or banded, over whole sequences."""
+
+import torch
+from torch import Tensor
+
+from ...dispatch import select
+from ...torch_library import first_order_only
+from .. import checks
+from ..dropout import draw_seed
+from . import eager, triton_kernels
+
+BACKENDS = {"triton": triton_kernels, "eager": eager}
+HEAD_SIZES = range(16, 257)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T * scale) v over the keys that each query sees, the last query being at the last key.
+
+    q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D) in q's memory order. Hkv divides H, D is 16 ... 256.
+    Strides are free as long as the last dimension is contiguous; a tensor where it is not is copied once.
+
+    window: how many keys a query sees, its own included (causal), or keys at a distance below `window`
+        (causal=False); None: all. See visibility.py for what other libraries call the same.
+    scale: positive, 1 / sqrt(D) by default.
+    dropout: applied whenever it is > 0: pass 0.0 in evaluation.
+    key_start: (B,) int32, the first key of each row that is not left padding; clamped to 0 ... Tk.
+    cu_seqlens: (N + 1,) int32 from 0 to T: packed documents, q: (T, H, D), k, v: (T, Hkv, D) -> (T, H, D). Values are
+        checked on CPU tensors only, because reading them would stop a GPU.
+    A query that sees no key gives zeros, and zero gradients. Under autocast q, k and v are cast to its dtype.
+    """
+    q, k, v = autocast(q, k, v)
+    check_heads(q, k, v, packed=cu_seqlens is not None)
+    check_options(q, causal, window, scale, dropout)
+    check_lengths(q, k, key_start, cu_seqlens)
+    longest = max(q.shape[-2], k.shape[-2]) if cu_seqlens is None else q.shape[0]
+    window = None if window is None or window >= longest else window
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = (key_start, cu_seqlens, causal, window, scale, float(dropout))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    kernels = select("attention", BACKENDS, backend, q.device, (q, k, v, *options))
+    return AttentionFunction.apply(kernels, q, k, v, *options)
+
+
+class AttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, q, k, v, key_start, cu_seqlens, causal, window, scale, dropout):
+        seed = draw_seed(q.device) if dropout else None
+        out, lse = kernels.attention_fwd(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+        ctx.save_for_backward(q, k, v, out, lse, key_start, cu_seqlens, seed)
+        ctx.kernels, ctx.options = kernels, (causal, window, scale, dropout)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, *variables = ctx.saved_tensors
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        # A gradient expanded from one number has no contiguous dimension.
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        grads = ctx.kernels.attention_bwd(dout, q, k, v, out, lse, *variables, *ctx.options, deterministic)
+        return None, *first_order_only("attention", grads, (dout, q, k, v)), None, None, None, None, None, None
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype, where it is on, as F.scaled_dot_product_attention takes them."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in checks.DTYPES else x for x in tensors)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str] = ("k", "v")) -> None:
+    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), or packed (T, H, D), (T, Hkv, D)"""
+    ndim = 3 if packed else 4
+    layout = "(T, heads, D), as packed documents are" if packed else "(B, heads, T, D)"
+    for name, x in zip(("q", *names), (q, k, v), strict=True):
+        checks.check_tensor(
+            name, x, dtypes=checks.DTYPES if x is q else (q.dtype,), device=q.device if x is not q else None
+        )
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must have shape {layout}, not {tuple(x.shape)}")
+    if q.shape[-1] not in HEAD_SIZES:
+        raise ValueError(f"q must have a head size (last dimension) of 16 ... 256, not {q.shape[-1]}")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if not kv_heads or heads % kv_heads or not heads:
+        raise ValueError(f"{names[0]} must have a number of heads that divides q's {heads}, not {kv_heads}")
+    wanted = (q.shape[0], kv_heads, *k.shape[2:-1], q.shape[-1])
+    checks.check_shape(names[0], k, wanted, "batch and head size as q" if not packed else "tokens and head size as q")
+    checks.check_shape(names[1], v, k.shape, f"{names[0]}'s shape")
+
+
+def check_options(q: Tensor, causal, window, scale, dropout) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, not {causal!r}")
+    check_window(window)
+    check_scale(scale)
+    checks.check_number("dropout", dropout, at_least=0, below=1)
+
+
+def check_window(window) -> None:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(f"window must be None or an int, the number of keys seen, not {window!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a query sees itself), not {window}; None sees all keys")
+
+
+def check_scale(scale) -> None:
+    if scale is not None:
+        checks.check_number("scale", scale, above=0, below=float("inf"))
+
+
+def check_lengths(q: Tensor, k: Tensor, key_start, cu_seqlens) -> None:
+    if key_start is not None:
+        if cu_seqlens is not None:
+            raise ValueError("key_start must be None with cu_seqlens: packed documents have no padding")
+        checks.check_tensor("key_start", key_start, dtypes=(torch.int32,), ndim=1, device=q.device)
+        checks.check_shape("key_start", key_start, q.shape[:1], "q's batch")
+    if cu_seqlens is None:
+        return
+    checks.check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32,), ndim=1, device=q.device)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens must have at least 1 element (documents + 1), not 0")
+    if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != q.shape[0] or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens must rise from 0 to {q.shape[0]} (q's tokens), not {bounds}")

@@ -1,0 +1,207 @@
+"""Pieces that the attention kernels share: where a program works, what it loads, whom its rows see.
+
+A head is kept in one or two parts whose sizes are powers of two (80 = 64 + 16, 96 = 64 + 32), because Triton's tiles
+are, and padding 80 to 128 would cost 60% more.
+"""
+
+import triton
+import triton.language as tl
+
+# Sizes that change from call to call: no variant of a kernel is worth compiling for one of them being 1 or 16 * n.
+UNSPECIALIZED = (
+    "tiles",
+    "batch_heads",
+    "section",
+    "heads",
+    "group",
+    "rows",
+    "keys",
+    "documents",
+    "window",
+    "drop_below",
+)
+
+
+@triton.jit
+def locate(cu_seqlens_ptr, documents, tile, BLOCK: tl.constexpr):
+    """Packed documents, tile (of all documents') -> its document's first row and length, and its place there.
+
+    Document n's tiles count from start // BLOCK + n: nobody has to add up lengths, and at most one tile too many each
+    ends up with nothing to do.
+    """
+    low, high = 0, documents - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    start = tl.load(cu_seqlens_ptr + low)
+    return start, tl.load(cu_seqlens_ptr + low + 1) - start, tile - (start // BLOCK + low)
+
+
+@triton.jit
+def tile_and_head(tiles, heads, section, LAST_FIRST: tl.constexpr):
+    """Which tile of which head (of all rows of the batch) a program takes: sections of heads whose keys and values fit
+    the L2 cache together, and in a section the tiles with the most work first."""
+    program = tl.program_id(0)
+    per_section = tiles * section
+    first_head = program // per_section * section
+    in_section = tl.minimum(section, heads - first_head)
+    place = program % per_section
+    tile = place // in_section
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tile, first_head + place % in_section
+
+
+@triton.jit
+def load_tile(
+    ptr,  # row 0 of (limit, D), rows `stride` apart
+    first,
+    stride,
+    low,
+    limit,
+    D: tl.constexpr,
+    FROM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """-> (ROWS, COLUMNS) from row `first`, column FROM on; if CHECKED, rows outside of low ... limit - 1 are zeros"""
+    row = tl.arange(0, ROWS)[:, None]
+    column = FROM + tl.arange(0, COLUMNS)[None, :]
+    # What does not depend on `first` is a sum of its own, which leaves the caller's loop.
+    pointers = ptr + first.to(tl.int64) * stride + (row.to(tl.int64) * stride + column)
+    if CHECKED:
+        mask = (first + row >= low) & (first + row < limit) & (column < D)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    elif FROM + COLUMNS > D:
+        tile = tl.load(pointers, mask=column < D, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_head(
+    ptr,
+    first,
+    stride,
+    low,
+    limit,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """-> (ROWS, D1), (ROWS, D2)"""
+    part1 = load_tile(ptr, first, stride, low, limit, D, 0, D1, ROWS, CHECKED)
+    part2 = part1
+    if D2 > 0:
+        part2 = load_tile(ptr, first, stride, low, limit, D, D1, D2, ROWS, CHECKED)
+    return part1, part2
+
+
+@triton.jit
+def store_head(ptr, first, stride, limit, part1, part2, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """part1: (ROWS, D1), part2: (ROWS, D2)"""
+    row = tl.arange(0, part1.shape[0])[:, None]
+    pointers = ptr + first.to(tl.int64) * stride + row.to(tl.int64) * stride
+    column = tl.arange(0, D1)[None, :]
+    in_rows = first + row < limit
+    tl.store(pointers + column, part1.to(ptr.dtype.element_ty), mask=in_rows & (column < D))
+    if D2 > 0:
+        column = D1 + tl.arange(0, D2)[None, :]
+        tl.store(pointers + column, part2.to(ptr.dtype.element_ty), mask=in_rows & (column < D))
+
+
+@triton.jit
+def zeros_head(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    # Triton has no empty tensors: a missing second part is a constant that the compiler drops.
+    return tl.zeros((ROWS, D1), tl.float32), tl.zeros((ROWS, D2 if D2 > 0 else 16), tl.float32)
+
+
+@triton.jit
+def inner_products(a1, a2, b1, b2, D2: tl.constexpr):
+    """a: (M, D), b: (N, D) -> (M, N)"""
+    # float32 inputs keep float32's precision: three products of tfloat32 parts. Others are not affected.
+    products = tl.dot(a1, tl.trans(b1), input_precision="tf32x3")
+    if D2 > 0:
+        products = tl.dot(a2, tl.trans(b2), products, input_precision="tf32x3")
+    return products
+
+
+@triton.jit
+def add_weighted(sum1, sum2, weights, x1, x2, D2: tl.constexpr):
+    """sum: (M, D) + weights: (M, N) @ x: (N, D)"""
+    weights = weights.to(x1.dtype)
+    sum1 = tl.dot(weights, x1, sum1, input_precision="tf32x3")
+    if D2 > 0:
+        sum2 = tl.dot(weights, x2, sum2, input_precision="tf32x3")
+    return sum1, sum2
+
+
+@triton.jit
+def sees(position, key, low, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """position, key: shapes that broadcast -> bool, by the rule in visibility.py"""
+    seen = (key >= low) & (key < keys)
+    if CAUSAL:
+        seen = seen & (key <= position)
+    if WINDOWED:
+        seen = seen & (position - key < window)
+        if not CAUSAL:
+            seen = seen & (key - position < window)
+    return seen
+
+
+@triton.jit
+def key_blocks(first, last, low, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Queries at positions first ... last -> start, full_start, full_stop, stop, in blocks of keys: the blocks with a
+    key that some of them see, and among those the blocks with only keys that all of them see."""
+    start, full_start, full_stop, stop = low, low, keys, keys
+    if CAUSAL:
+        full_stop, stop = tl.minimum(keys, first + 1), tl.minimum(keys, last + 1)
+    if WINDOWED:
+        start, full_start = tl.maximum(low, first - window + 1), tl.maximum(low, last - window + 1)
+        if not CAUSAL:
+            full_stop, stop = tl.minimum(keys, first + window), tl.minimum(keys, last + window)
+    start = start // BLOCK_N
+    stop = tl.maximum(tl.cdiv(tl.maximum(stop, 0), BLOCK_N), start)
+    full_start = tl.minimum(tl.cdiv(full_start, BLOCK_N), stop)
+    full_stop = tl.maximum(tl.minimum(tl.maximum(full_stop, 0) // BLOCK_N, stop), full_start)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def query_blocks(
+    first, last, low, offset, queries, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Keys first ... last, of which those below `low` are padding -> the same for the queries that see them; query i
+    is at position i + offset."""
+    start, full_start, full_stop, stop = 0, 0, queries, queries
+    real = tl.maximum(first, low)
+    if CAUSAL:
+        start, full_start = real - offset, last - offset
+    if WINDOWED:
+        full_stop, stop = real + window - offset, last + window - offset
+        if not CAUSAL:
+            start, full_start = real - window + 1 - offset, last - window + 1 - offset
+    start = tl.maximum(start, 0) // BLOCK_M
+    stop = tl.maximum(tl.cdiv(tl.maximum(tl.minimum(stop, queries), 0), BLOCK_M), start)
+    stop = tl.where(real > last, start, stop)
+    full_start = tl.minimum(tl.cdiv(tl.maximum(full_start, 0), BLOCK_M), stop)
+    full_stop = tl.minimum(tl.maximum(tl.minimum(full_stop, queries), 0) // BLOCK_M, stop)
+    full_stop = tl.where(real > first, full_start, tl.maximum(full_stop, full_start))
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def kept(seed_ptr, row, column, drop_below):
+    """row: int64, column: int32, shapes that broadcast -> bool, by the rule in ops/dropout.py"""
+    c0 = column + tl.zeros_like(row).to(tl.int32)
+    c1 = row.to(tl.int32) + tl.zeros_like(column)
+    c2 = (row >> 32).to(tl.int32) + tl.zeros_like(column)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0))
+    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= drop_below

@@ -1,0 +1,361 @@
+"""The backward kernels: queries' gradients by tiles of queries, then keys' and values' by tiles of keys. Nothing is
+added up across programs, so gradients are the same every time."""
+
+import triton
+import triton.language as tl
+
+from .triton_blocks import (
+    UNSPECIALIZED,
+    add_weighted,
+    inner_products,
+    kept,
+    key_blocks,
+    load_head,
+    locate,
+    query_blocks,
+    sees,
+    store_head,
+    tile_and_head,
+    zeros_head,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def query_grad_block(
+    dq1,  # (BLOCK_M, D1) float32
+    dq2,  # (BLOCK_M, D2)
+    q1,  # (BLOCK_M, D1)
+    q2,
+    dout1,  # (BLOCK_M, D1)
+    dout2,
+    lse,  # (BLOCK_M,) in base 2
+    delta,  # (BLOCK_M,)
+    k_ptr,  # (keys, D), rows k_stride apart
+    v_ptr,
+    seed_ptr,
+    k_stride,
+    v_stride,
+    block,
+    position,  # (BLOCK_M,)
+    low,
+    keys,
+    window,
+    scale,
+    dropout_row,  # (BLOCK_M,) int64
+    dropout_column,
+    drop_below,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+):
+    first = block * BLOCK_N
+    key = first + tl.arange(0, BLOCK_N)
+    k1, k2 = load_head(k_ptr, first, k_stride, low, keys, D, D1, D2, BLOCK_N, BOUNDARY)
+    v1, v2 = load_head(v_ptr, first, v_stride, low, keys, D, D1, D2, BLOCK_N, BOUNDARY)
+    weights = tl.exp2(inner_products(q1, q2, k1, k2, D2) * scale - lse[:, None])
+    if BOUNDARY:
+        seen = sees(position[:, None], key[None, :], low, keys, window, CAUSAL, WINDOWED)
+        weights = tl.where(seen, weights, 0.0)
+    dweights = inner_products(dout1, dout2, v1, v2, D2)
+    if HAS_DROPOUT:
+        keep = kept(seed_ptr, dropout_row[:, None], dropout_column + key[None, :], drop_below)
+        dweights = tl.where(keep, dweights * keep_scale, 0.0)
+    dscores = weights * (dweights - delta[:, None])
+    return add_weighted(dq1, dq2, dscores, k1, k2, D2)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_bwd_dq_kernel(
+    dout_ptr,  # as q
+    q_ptr,  # (B, H, Tq, D) or packed (T, H, D), last dimension contiguous, as all others
+    k_ptr,  # (B, Hkv, Tk, D) or (T, Hkv, D)
+    v_ptr,  # as k
+    out_ptr,  # as q
+    lse_ptr,  # (B, H, Tq) or (H, T) float32
+    delta_ptr,  # as lse: written here, for the other kernel
+    dq_ptr,  # as q
+    key_start_ptr,  # (B,) int32 or unused
+    cu_seqlens_ptr,  # (N + 1,) int32 or unused
+    seed_ptr,  # (1,) int64 or unused
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_t,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    k_stride_b,
+    k_stride_h,
+    k_stride_t,
+    v_stride_b,
+    v_stride_h,
+    v_stride_t,
+    out_stride_b,
+    out_stride_h,
+    out_stride_t,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_t,
+    tiles,
+    batch_heads,
+    section,
+    heads,
+    group,
+    rows,  # Tq or T
+    keys,  # Tk, unused when packed
+    documents,
+    window,
+    scale,  # of the scores, times log2(e)
+    drop_below,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HAS_KEY_START: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile, batch_head = tile_and_head(tiles, batch_heads, section, CAUSAL)
+    b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    start, queries, low = tl.full((), 0, tl.int32), rows, tl.full((), 0, tl.int32)
+    if PACKED:
+        start, queries, tile = locate(cu_seqlens_ptr, documents, tile, BLOCK_M)
+        keys = queries
+        if tile * BLOCK_M >= queries:
+            return
+    if HAS_KEY_START:
+        low = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), keys)
+
+    dout_ptr += b * dout_stride_b + h * dout_stride_h + start.to(tl.int64) * dout_stride_t
+    q_ptr += b * q_stride_b + h * q_stride_h + start.to(tl.int64) * q_stride_t
+    k_ptr += b * k_stride_b + h // group * k_stride_h + start.to(tl.int64) * k_stride_t
+    v_ptr += b * v_stride_b + h // group * v_stride_h + start.to(tl.int64) * v_stride_t
+    out_ptr += b * out_stride_b + h * out_stride_h + start.to(tl.int64) * out_stride_t
+    dq_ptr += b * dq_stride_b + h * dq_stride_h + start.to(tl.int64) * dq_stride_t
+    first_row = batch_head.to(tl.int64) * rows + start
+
+    first = tile * BLOCK_M
+    query = first + tl.arange(0, BLOCK_M)
+    in_rows = query < queries
+    position = query + (keys - queries)
+    dout1, dout2 = load_head(dout_ptr, first, dout_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
+    out1, out2 = load_head(out_ptr, first, out_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
+    delta = tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), 1)
+    if D2 > 0:
+        delta += tl.sum(dout2.to(tl.float32) * out2.to(tl.float32), 1)
+    tl.store(delta_ptr + first_row + query, delta, mask=in_rows)
+    q1, q2 = load_head(q_ptr, first, q_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
+    lse = tl.load(lse_ptr + first_row + query, mask=in_rows, other=float("inf")) * LOG2E
+    dq1, dq2 = zeros_head(BLOCK_M, D1, D2)
+
+    first_position = first + keys - queries
+    last_position = tl.minimum(first + BLOCK_M, queries) - 1 + keys - queries
+    block, full_start, full_stop, stop = key_blocks(
+        first_position, last_position, low, keys, window, CAUSAL, WINDOWED, BLOCK_N
+    )
+    for i in tl.range(full_start, full_stop, num_stages=STAGES):
+        dq1, dq2 = query_grad_block(
+            dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t, i,
+            position, low, keys, window, scale, first_row + query, start, drop_below, keep_scale,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, False,
+        )  # fmt: skip
+    left = full_start - block
+    for i in tl.range(0, left + stop - full_stop, num_stages=STAGES):
+        dq1, dq2 = query_grad_block(
+            dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t,
+            tl.where(i < left, block + i, full_stop + i - left),
+            position, low, keys, window, scale, first_row + query, start, drop_below, keep_scale,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True,
+        )  # fmt: skip
+    dq1 = dq1 * (scale * LN2)
+    if D2 > 0:
+        dq2 = dq2 * (scale * LN2)
+    store_head(dq_ptr, first, dq_stride_t, queries, dq1, dq2, D, D1, D2)
+
+
+@triton.jit
+def key_grad_block(
+    dk1,  # (BLOCK_N, D1) float32
+    dk2,  # (BLOCK_N, D2)
+    dv1,
+    dv2,
+    k1,  # (BLOCK_N, D1)
+    k2,
+    v1,
+    v2,
+    dout_ptr,  # (queries, D), rows dout_stride apart
+    q_ptr,  # (queries, D), rows q_stride apart
+    lse_ptr,  # (queries,)
+    delta_ptr,  # (queries,)
+    seed_ptr,
+    dout_stride,
+    q_stride,
+    block,
+    key,  # (BLOCK_N,)
+    low,
+    offset,
+    queries,
+    keys,
+    window,
+    scale,
+    dropout_row,
+    dropout_column,
+    drop_below,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BOUNDARY: tl.constexpr,
+):
+    first = block * BLOCK_M
+    query = first + tl.arange(0, BLOCK_M)
+    q1, q2 = load_head(q_ptr, first, q_stride, 0, queries, D, D1, D2, BLOCK_M, BOUNDARY)
+    dout1, dout2 = load_head(dout_ptr, first, dout_stride, 0, queries, D, D1, D2, BLOCK_M, BOUNDARY)
+    if BOUNDARY:
+        lse = tl.load(lse_ptr + query, mask=query < queries, other=0.0)
+        delta = tl.load(delta_ptr + query, mask=query < queries, other=0.0)
+    else:
+        lse, delta = tl.load(lse_ptr + query), tl.load(delta_ptr + query)
+    # Keys by queries, so that the sums over queries below take them as they are.
+    weights = tl.exp2(inner_products(k1, k2, q1, q2, D2) * scale - (lse * LOG2E)[None, :])
+    if BOUNDARY:
+        seen = sees((query + offset)[None, :], key[:, None], low, keys, window, CAUSAL, WINDOWED)
+        weights = tl.where(seen & (query < queries)[None, :], weights, 0.0)
+    dweights = inner_products(v1, v2, dout1, dout2, D2)
+    kept_weights = weights
+    if HAS_DROPOUT:
+        row = dropout_row + query
+        keep = kept(seed_ptr, row[None, :], dropout_column + key[:, None], drop_below)
+        kept_weights = tl.where(keep, weights * keep_scale, 0.0)
+        dweights = tl.where(keep, dweights * keep_scale, 0.0)
+    dv1, dv2 = add_weighted(dv1, dv2, kept_weights, dout1, dout2, D2)
+    dscores = weights * (dweights - delta[None, :])
+    dk1, dk2 = add_weighted(dk1, dk2, dscores, q1, q2, D2)
+    return dk1, dk2, dv1, dv2
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def attention_bwd_dkdv_kernel(
+    dout_ptr,  # as q
+    q_ptr,  # (B, H, Tq, D) or packed (T, H, D), last dimension contiguous, as all others
+    k_ptr,  # (B, Hkv, Tk, D) or (T, Hkv, D)
+    v_ptr,  # as k
+    lse_ptr,  # (B, H, Tq) or (H, T) float32
+    delta_ptr,  # as lse
+    dk_ptr,  # as k
+    dv_ptr,  # as k
+    key_start_ptr,  # (B,) int32 or unused
+    cu_seqlens_ptr,  # (N + 1,) int32 or unused
+    seed_ptr,  # (1,) int64 or unused
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_t,
+    q_stride_b,
+    q_stride_h,
+    q_stride_t,
+    k_stride_b,
+    k_stride_h,
+    k_stride_t,
+    v_stride_b,
+    v_stride_h,
+    v_stride_t,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_t,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_t,
+    tiles,
+    batch_heads,  # B * Hkv
+    section,
+    heads,  # Hkv
+    group,
+    rows,  # Tq or T
+    keys,  # Tk, unused when packed
+    documents,
+    window,
+    scale,  # of the scores, times log2(e)
+    drop_below,
+    keep_scale,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HAS_KEY_START: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tile, batch_head = tile_and_head(tiles, batch_heads, section, False)
+    b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    start, queries, low = tl.full((), 0, tl.int32), rows, tl.full((), 0, tl.int32)
+    if PACKED:
+        start, queries, tile = locate(cu_seqlens_ptr, documents, tile, BLOCK_N)
+        keys = queries
+        if tile * BLOCK_N >= keys:
+            return
+    if HAS_KEY_START:
+        low = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), keys)
+
+    dout_ptr += b * dout_stride_b + start.to(tl.int64) * dout_stride_t
+    q_ptr += b * q_stride_b + start.to(tl.int64) * q_stride_t
+    k_ptr += b * k_stride_b + h * k_stride_h + start.to(tl.int64) * k_stride_t
+    v_ptr += b * v_stride_b + h * v_stride_h + start.to(tl.int64) * v_stride_t
+    dk_ptr += b * dk_stride_b + h * dk_stride_h + start.to(tl.int64) * dk_stride_t
+    dv_ptr += b * dv_stride_b + h * dv_stride_h + start.to(tl.int64) * dv_stride_t
+
+    first = tile * BLOCK_N
+    key = first + tl.arange(0, BLOCK_N)
+    offset = keys - queries
+    k1, k2 = load_head(k_ptr, first, k_stride_t, low, keys, D, D1, D2, BLOCK_N, True)
+    v1, v2 = load_head(v_ptr, first, v_stride_t, low, keys, D, D1, D2, BLOCK_N, True)
+    dk1, dk2 = zeros_head(BLOCK_N, D1, D2)
+    dv1, dv2 = zeros_head(BLOCK_N, D1, D2)
+    last = tl.minimum(first + BLOCK_N, keys) - 1
+    block, full_start, full_stop, stop = query_blocks(
+        first, last, low, offset, queries, window, CAUSAL, WINDOWED, BLOCK_M
+    )
+    left = full_start - block
+    for member in range(group):
+        head = h * group + member
+        first_row = (b * heads * group + head) * rows + start
+        for i in tl.range(full_start, full_stop, num_stages=STAGES):
+            dk1, dk2, dv1, dv2 = key_grad_block(
+                dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
+                lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t, i,
+                key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
+                CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, False,
+            )  # fmt: skip
+        for i in tl.range(0, left + stop - full_stop, num_stages=STAGES):
+            dk1, dk2, dv1, dv2 = key_grad_block(
+                dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
+                lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t,
+                tl.where(i < left, block + i, full_stop + i - left),
+                key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
+                CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, True,
+            )  # fmt: skip
+    dk1 = dk1 * (scale * LN2)
+    if D2 > 0:
+        dk2 = dk2 * (scale * LN2)
+    store_head(dk_ptr, first, dk_stride_t, keys, dk1, dk2, D, D1, D2)
+    store_head(dv_ptr, first, dv_stride_t, keys, dv1, dv2, D, D1, D2)

@@ -1,0 +1,202 @@
+"""Attention in Triton, dense and banded, forward and backward: the launchers."""
+
+import triton
+from torch import Tensor, empty_like
+
+from ... import hardware
+from ...torch_library import torch_op
+from ..dropout import threshold
+from .outputs import bwd_outputs, fwd_outputs
+from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
+from .triton_fwd_kernel import attention_fwd_kernel
+from .triton_launch import head_parts, launch_row
+
+LOG2E = 1.4426950408889634
+# Keys and values of the heads that programs work on at a time: what stays in an L2 cache beside everything else.
+SECTION_BYTES = 16 << 20
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> str | None:
+    return hardware.triton_unsupported(q.device)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
+    return x.stride()[:3] if x.dim() == 4 else (0, x.stride(1), x.stride(0))
+
+
+def shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout):
+    """What all kernels take. -> pointers or stand-ins (key_start, cu_seqlens, seed), sizes, flags"""
+    packed = cu_seqlens is not None
+    rows, keys = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
+    documents = cu_seqlens.shape[0] - 1 if packed else 0
+    window = None if window is None else min(window, rows + keys)
+    d1, d2 = head_parts(q.shape[-1])
+    pointers = [q if x is None else x for x in (key_start, cu_seqlens, seed)]
+    sizes = (rows, keys, documents, window or 0, scale * LOG2E, threshold(dropout), 1 / (1 - dropout))
+    flags = {
+        "CAUSAL": causal,
+        "WINDOWED": window is not None,
+        "HAS_KEY_START": key_start is not None,
+        "PACKED": packed,
+        "HAS_DROPOUT": dropout > 0,
+        "D": q.shape[-1],
+        "D1": d1,
+        "D2": d2,
+    }
+    return pointers, sizes, flags
+
+
+def grid_arguments(x: Tensor, cu_seqlens: Tensor | None, block: int, bytes_per_head: int):
+    """x: (B, H, T, D) or packed (T, H, D), cut into tiles of `block` tokens
+    -> number of programs, (tiles of a head, heads of all rows, heads in a section)"""
+    if cu_seqlens is None:
+        tiles, batch_heads = triton.cdiv(x.shape[2], block), x.shape[0] * x.shape[1]
+    else:
+        # Each document's last tile may be a part of one; the lengths stay on the device.
+        tiles, batch_heads = x.shape[0] // block + cu_seqlens.shape[0] - 1, x.shape[1]
+    section = max(1, min(batch_heads, SECTION_BYTES // max(1, bytes_per_head)))
+    return tiles * batch_heads, (tiles, batch_heads, section)
+
+
+def bytes_of_head(k: Tensor) -> int:
+    """k: (B, Hkv, Tk, D) or (T, Hkv, D) -> bytes of one head's keys and values"""
+    return 2 * k.shape[-1] * k.shape[2 if k.dim() == 4 else 0] * k.element_size()
+
+
+@torch_op(fake=fwd_outputs)
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
+    cu_seqlens: (N + 1,); seed: (1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
+    out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+    if q.numel() == 0:
+        return out, lse
+    pointers, sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+    launch = launch_row("fwd", hardware.arch(q.device), q.element_size(), q.shape[-1])
+    group = q.shape[1] // k.shape[1]
+    programs, grid = grid_arguments(q, cu_seqlens, launch["BLOCK_M"], bytes_of_head(k) // group)
+    with hardware.on_device(q.device):
+        attention_fwd_kernel[(programs,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *pointers,
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *strides(out),
+            *grid,
+            q.shape[1],
+            group,
+            *sizes,
+            **flags,
+            **launch,
+        )
+    return out, lse
+
+
+@torch_op(fake=bwd_outputs)
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
+    -> dq, dk, dv: as q, k, v. The same on every run, with `deterministic` or without."""
+    grads = dq, dk, dv = bwd_outputs(
+        dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
+    )
+    if q.numel() == 0 or k.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    delta = empty_like(lse)
+    pointers, sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+    arch, group = hardware.arch(q.device), q.shape[1] // k.shape[1]
+    with hardware.on_device(q.device):
+        launch = launch_row("dq", arch, q.element_size(), q.shape[-1])
+        programs, grid = grid_arguments(q, cu_seqlens, launch["BLOCK_M"], bytes_of_head(k) // group)
+        attention_bwd_dq_kernel[(programs,)](
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            delta,
+            dq,
+            *pointers,
+            *strides(dout),
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *strides(out),
+            *strides(dq),
+            *grid,
+            q.shape[1],
+            group,
+            *sizes,
+            **flags,
+            **launch,
+        )
+        launch = launch_row("dkdv", arch, q.element_size(), q.shape[-1])
+        programs, grid = grid_arguments(k, cu_seqlens, launch["BLOCK_N"], bytes_of_head(q) * group)
+        attention_bwd_dkdv_kernel[(programs,)](
+            dout,
+            q,
+            k,
+            v,
+            lse,
+            delta,
+            dk,
+            dv,
+            *pointers,
+            *strides(dout),
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            *strides(dk),
+            *strides(dv),
+            *grid,
+            k.shape[1],
+            group,
+            *sizes,
+            **flags,
+            **launch,
+        )
+    return grads
