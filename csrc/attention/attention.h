@@ -34,4 +34,18 @@ struct AttentionFwdParams {
     int* tile_counter;  // (1,), scratch
 };
 
+struct AttentionBwdParams {
+    AttentionShape shape;
+    int dtype, sm_count;
+    bool deterministic;  // fixes the order in which blocks of keys add to dq
+    const void *dout, *q, *k, *v, *out;
+    const float* lse;    // as the forward pass left it
+    void *dq, *dk, *dv;  // as q, k and v
+    AttentionStrides dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dk_strides, dv_strides;
+    void* workspace;  // attention_bwd_workspace_bytes of it, aligned to 256 bytes
+};
+
 cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
+cudaError_t attention_bwd(const AttentionBwdParams& params, cudaStream_t stream);
+
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape);

@@ -64,14 +64,12 @@ __device__ __forceinline__ void attention_fwd_produce(const AttentionFwdArgument
 
     int index = blockIdx.x;
     while (true) {
-        const AttentionTile tile = locate_tile<C::kBlockM>(shape, args.order, index);
-        if (leader) {
-            mbarrier_wait(shared + C::kTileEmpty + 8 * slot.stage, slot.parity ^ 1);
-            reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage] = tile;
-            mbarrier_arrive(shared + C::kTileFull + 8 * slot.stage);
-        }
+        mbarrier_wait(shared + C::kTileEmpty + 8 * slot.stage(), slot.parity() ^ 1);
+        AttentionTile& tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage()];
+        const int block = locate_tile<C::kBlockM>(shape, args.order, index, &tile);
+        if (leader) mbarrier_arrive(shared + C::kTileFull + 8 * slot.stage());
         slot.advance();
-        if (tile.block < 0) return;
+        if (block < 0) return;
         if (leader) {
             const int query = tile.block * C::kBlockM;
             const int kv_head = tile.head / (shape.heads / shape.kv_heads);
@@ -79,24 +77,24 @@ __device__ __forceinline__ void attention_fwd_produce(const AttentionFwdArgument
             const BlockRange blocks = key_blocks<C::kBlockN>(shape, tile, query, C::kBlockM);
             auto load_block = [&](const CUtensorMap* map, int full, int empty, int tiles, RingPlace<C::kStages>& place,
                                   int n) {
-                const uint32_t barrier = shared + full + 8 * place.stage;
-                mbarrier_wait(shared + empty + 8 * place.stage, place.parity ^ 1);
+                const uint32_t barrier = shared + full + 8 * place.stage();
+                mbarrier_wait(shared + empty + 8 * place.stage(), place.parity() ^ 1);
                 mbarrier_arrive_expect(barrier, C::kKvBytes);
 #pragma unroll
                 for (int p = 0; p < C::kPanels; ++p)
-                    tma_load_4d(shared + tiles + place.stage * C::kKvBytes + p * C::kBlockN * C::kRowBytes, map,
+                    tma_load_4d(shared + tiles + place.stage() * C::kKvBytes + p * C::kBlockN * C::kRowBytes, map,
                                 barrier, p * C::kPanel, tile.k_row + n * C::kBlockN, kv_head, batch);
                 place.advance();
             };
 
-            const uint32_t q_full = shared + C::kQFull + 8 * q_place.stage;
-            mbarrier_wait(shared + C::kQEmpty + 8 * q_place.stage, q_place.parity ^ 1);
+            const uint32_t q_full = shared + C::kQFull + 8 * q_place.stage();
+            mbarrier_wait(shared + C::kQEmpty + 8 * q_place.stage(), q_place.parity() ^ 1);
             mbarrier_arrive_expect(q_full, C::kConsumers * C::kQBytes);
             for (int w = 0; w < C::kConsumers; ++w)
 #pragma unroll
                 for (int p = 0; p < C::kPanels; ++p)
                     tma_load_4d(
-                        shared + C::kQ + (q_place.stage * C::kConsumers + w) * C::kQSlot + p * 64 * C::kRowBytes,
+                        shared + C::kQ + (q_place.stage() * C::kConsumers + w) * C::kQSlot + p * 64 * C::kRowBytes,
                         &args.q, q_full, p * C::kPanel, tile.q_row + query + 64 * w, tile.head, batch);
             // K runs one block ahead of V, as the scores run ahead of the output.
             for (int n = blocks.end - 1; n >= blocks.begin; --n) {
@@ -134,8 +132,8 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
         if (lane == 0) mbarrier_arrive(shared + barrier);
     };
     auto multiply_scores = [&] {
-        const uint64_t a = q_operand + (q_place.stage * C::kConsumers * C::kQSlot >> 4);
-        const uint64_t b = k_operand + (k_place.stage * C::kKvBytes >> 4);
+        const uint64_t a = q_operand + (q_place.stage() * C::kConsumers * C::kQSlot >> 4);
+        const uint64_t b = k_operand + (k_place.stage() * C::kKvBytes >> 4);
         wgmma_fence();
 #pragma unroll
         for (int d = 0; d < HeadDim; d += 16) {
@@ -146,7 +144,7 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
         wgmma_commit();
     };
     auto multiply_output = [&] {
-        const uint64_t b = v_operand + (v_place.stage * C::kKvBytes >> 4);
+        const uint64_t b = v_operand + (v_place.stage() * C::kKvBytes >> 4);
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < C::kBlockN; n += 16)
@@ -154,11 +152,11 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
         wgmma_commit();
     };
     auto release_k = [&] {
-        arrive(C::kKEmpty + 8 * k_place.stage);
+        arrive(C::kKEmpty + 8 * k_place.stage());
         k_place.advance();
     };
     auto release_v = [&] {
-        arrive(C::kVEmpty + 8 * v_place.stage);
+        arrive(C::kVEmpty + 8 * v_place.stage());
         v_place.advance();
     };
     auto pack_weights = [&] {
@@ -177,10 +175,10 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
     if (C::kPingpong && group == C::kConsumers - 1) pass_turn();
 
     while (true) {
-        mbarrier_wait(shared + C::kTileFull + 8 * slot.stage, slot.parity);
-        const AttentionTile tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage];
+        mbarrier_wait(shared + C::kTileFull + 8 * slot.stage(), slot.parity());
+        const AttentionTile tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage()];
         __syncwarp();
-        arrive(C::kTileEmpty + 8 * slot.stage);
+        arrive(C::kTileEmpty + 8 * slot.stage());
         slot.advance();
         if (tile.block < 0) break;
 
@@ -203,9 +201,9 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) output[i] = 0.f;
 
-        mbarrier_wait(shared + C::kQFull + 8 * q_place.stage, q_place.parity);
+        mbarrier_wait(shared + C::kQFull + 8 * q_place.stage(), q_place.parity());
         if (blocks.begin < blocks.end) {
-            mbarrier_wait(shared + C::kKFull + 8 * k_place.stage, k_place.parity);
+            mbarrier_wait(shared + C::kKFull + 8 * k_place.stage(), k_place.parity());
             multiply_scores();
             wgmma_wait<0>();
             pin(scores);
@@ -214,18 +212,18 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
             softmax.update(scores);
             pack_weights();
             if (shape.cu_seqlens && blocks.end * C::kBlockN > tile.k_len) {
-                mbarrier_wait(shared + C::kVFull + 8 * v_place.stage, v_place.parity);
-                clear_rows<C::kPanels, C::kBlockN, C::kRowBytes>(base + C::kV + v_place.stage * C::kKvBytes,
+                mbarrier_wait(shared + C::kVFull + 8 * v_place.stage(), v_place.parity());
+                clear_rows<C::kPanels, C::kBlockN, C::kRowBytes>(base + C::kV + v_place.stage() * C::kKvBytes,
                                                                  tile.k_len - (blocks.end - 1) * C::kBlockN,
                                                                  threadIdx.x - kWarpgroup, C::kConsumers * kWarpgroup);
                 fence_async_proxy();
                 named_barrier_sync(kEveryGroup, C::kConsumers * kWarpgroup);
             }
             for (int n = blocks.end - 2; n >= blocks.begin; --n) {
-                mbarrier_wait(shared + C::kKFull + 8 * k_place.stage, k_place.parity);
+                mbarrier_wait(shared + C::kKFull + 8 * k_place.stage(), k_place.parity());
                 wait_turn();
                 multiply_scores();
-                mbarrier_wait(shared + C::kVFull + 8 * v_place.stage, v_place.parity);
+                mbarrier_wait(shared + C::kVFull + 8 * v_place.stage(), v_place.parity());
                 multiply_output();
                 pass_turn();
                 wgmma_wait<1>();
@@ -243,13 +241,13 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
                 }
                 pack_weights();
             }
-            mbarrier_wait(shared + C::kVFull + 8 * v_place.stage, v_place.parity);
+            mbarrier_wait(shared + C::kVFull + 8 * v_place.stage(), v_place.parity());
             multiply_output();
             wgmma_wait<0>();
             pin(output);
             release_v();
         }
-        if (!C::kOutOverQ) arrive(C::kQEmpty + 8 * q_place.stage);
+        if (!C::kOutOverQ) arrive(C::kQEmpty + 8 * q_place.stage());
         softmax.finish();
 
         // Rows go out through shared memory, one bulk copy each, so that none runs into the next sequence.
@@ -286,7 +284,7 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
         if (C::kOutOverQ) {
             bulk_wait_read();
             __syncwarp();
-            arrive(C::kQEmpty + 8 * q_place.stage);
+            arrive(C::kQEmpty + 8 * q_place.stage());
         }
         q_place.advance();
     }

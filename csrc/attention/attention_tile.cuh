@@ -49,14 +49,13 @@ inline bool attention_tensor_map(CUtensorMap* map, CUtensorMapDataType type, con
 
 #ifdef __CUDACC__
 
-// The tile of this index; called by whole warps. `BlockRows` rows of q, or of k, to a block.
+// Writes the tile of this index to shared memory, and returns its block. Called by a whole warp, all of which sees it
+// written. `BlockRows` rows of q, or of k, to a block.
 template <int BlockRows>
-__device__ __forceinline__ AttentionTile locate_tile(const AttentionShape& shape, const AttentionTileOrder& order,
-                                                     int index) {
-    AttentionTile tile;
-    tile.block = -1;
+__device__ __forceinline__ int locate_tile(const AttentionShape& shape, const AttentionTileOrder& order, int index,
+                                           AttentionTile* tile) {
+    const int lane = threadIdx.x % 32;
     if (shape.cu_seqlens) {
-        const int lane = threadIdx.x % 32;
         const int unit = index / order.heads;
         int before = 0;
         for (int base = 0; base < shape.batch; base += 32) {
@@ -73,36 +72,35 @@ __device__ __forceinline__ AttentionTile locate_tile(const AttentionShape& shape
             const unsigned reached = __ballot_sync(~0u, unit < before + through);
             if (reached) {
                 const int source = __ffs(reached) - 1;
-                const int rank = unit - before - __shfl_sync(~0u, through - blocks, source);
-                const int count = __shfl_sync(~0u, blocks, source);
-                tile.batch = base + source;
-                tile.head = index % order.heads;
-                tile.block = order.last_block_longest ? count - 1 - rank : rank;
-                tile.q_row = tile.k_row = __shfl_sync(~0u, first, source);
-                tile.q_len = tile.k_len = __shfl_sync(~0u, length, source);
-                tile.key_start = 0;
-                return tile;
+                const int rank = unit - before - (through - blocks);
+                const int block = order.last_block_longest ? blocks - 1 - rank : rank;
+                if (lane == source) *tile = {document, index % order.heads, block, first, first, length, length, 0};
+                __syncwarp();
+                return __shfl_sync(~0u, block, source);
             }
             before += __shfl_sync(~0u, through, 31);
         }
-        return tile;
+        if (lane == 0) tile->block = -1;
+        __syncwarp();
+        return -1;
     }
     const int heads = shape.batch * order.heads;
-    const int section = index / (order.section_heads * order.blocks);
-    const int first_head = section * order.section_heads;
-    if (first_head >= heads) return tile;
+    const int first_head = index / (order.section_heads * order.blocks) * order.section_heads;
+    if (first_head >= heads) {
+        if (lane == 0) tile->block = -1;
+        __syncwarp();
+        return -1;
+    }
     const int within = index - first_head * order.blocks;
     const int section_heads = min(order.section_heads, heads - first_head);
     const int rank = within / section_heads;
     const int head = first_head + within % section_heads;
-    tile.batch = head / order.heads;
-    tile.head = head % order.heads;
-    tile.block = order.last_block_longest ? order.blocks - 1 - rank : rank;
-    tile.q_row = tile.k_row = 0;
-    tile.q_len = shape.q_len;
-    tile.k_len = shape.k_len;
-    tile.key_start = shape.key_start ? max(shape.key_start[tile.batch], 0) : 0;
-    return tile;
+    const int batch = head / order.heads;
+    const int block = order.last_block_longest ? order.blocks - 1 - rank : rank;
+    const int key_start = shape.key_start ? max(shape.key_start[batch], 0) : 0;
+    if (lane == 0) *tile = {batch, head % order.heads, block, 0, 0, shape.q_len, shape.k_len, key_start};
+    __syncwarp();
+    return block;
 }
 
 // Keys first ... last, both visible; empty when last < first.

@@ -101,16 +101,14 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
-// A place in a ring of `Stages` buffers: which buffer, and the parity of its current round.
+// A place in a ring of 1 or 2 buffers: which buffer, and the parity of its current round.
 template <int Stages>
 struct RingPlace {
-    uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (Stages == 1 || ++stage == Stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
+    static_assert(Stages == 1 || Stages == 2, "");
+    uint32_t count = 0;
+    __device__ __forceinline__ uint32_t stage() const { return count % Stages; }
+    __device__ __forceinline__ uint32_t parity() const { return count / Stages & 1; }
+    __device__ __forceinline__ void advance() { ++count; }
 };
 
 // The bulk copy engine.

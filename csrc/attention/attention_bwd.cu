@@ -1,0 +1,23 @@
+// The instantiation for a call's dtype and head dimension.
+#include "attention/attention_bwd_tile.cuh"
+#include "common/launch.h"
+
+template <class T, int HeadDim>
+cudaError_t attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream);
+
+template <class T>
+static cudaError_t attention_bwd_of(const AttentionBwdParams& params, cudaStream_t stream) {
+    return params.shape.head_dim <= 64 ? attention_bwd_launch<T, 64>(params, stream)
+                                       : attention_bwd_launch<T, 128>(params, stream);
+}
+
+cudaError_t attention_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
+    return DType(params.dtype) == DType::kFloat16 ? attention_bwd_of<__half>(params, stream)
+                                                  : attention_bwd_of<__nv_bfloat16>(params, stream);
+}
+
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape) {
+    AttentionBwdWorkspace unused;
+    return shape.head_dim <= 64 ? attention_bwd_workspace<64>(shape, nullptr, &unused)
+                                : attention_bwd_workspace<128>(shape, nullptr, &unused);
+}

@@ -1,0 +1,426 @@
+// Attention backward on sm_90a. Each CTA owns a block of keys and loops over the queries that see them. Scores and
+// their gradients are computed transposed, keys by queries, so that they feed dv and dk from registers; dq is added to
+// float32 in global memory by a warp of its own.
+#pragma once
+#include "attention/attention_bwd_tile.cuh"
+
+template <int HeadDim>
+struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
+    using AttentionBwdBlock<HeadDim>::kBlockM;
+    using AttentionBwdBlock<HeadDim>::kBlockN;
+    static constexpr int kConsumers = 2;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int kStages = 2;
+    // Whether dv multiplies while dscores are turned into gradients: both need the registers of a block of scores.
+    static constexpr bool kDvFirst = kBlockM == 64;
+
+    static constexpr int kPanel = 64, kRowBytes = 128;
+    static constexpr int kPanels = HeadDim / kPanel;
+    static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
+    static constexpr int kQBytes = 2 * kBlockM * HeadDim;
+    static constexpr int kStatisticsBytes = 4 * kBlockM;
+    static constexpr int kDsBytes = 2 * kBlockM * kBlockN;
+    static constexpr int kDqBytes = 4 * kBlockM * HeadDim / kConsumers;  // of one warpgroup
+    static constexpr int kOutPitch = 2 * HeadDim + 16;
+    static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
+
+    static constexpr int kK = 0;
+    static constexpr int kV = kK + kKvBytes;
+    static constexpr int kQ = kV + kKvBytes;
+    static constexpr int kDout = kQ + kStages * kQBytes;
+    static constexpr int kDs = kDout + kStages * kQBytes;
+    static constexpr int kDq = kDs + kDsBytes;
+    static constexpr int kOut = kDq + kConsumers * kDqBytes;
+    static constexpr int kLse = kOut + kConsumers * kOutBytes;
+    static constexpr int kDelta = kLse + kStages * kStatisticsBytes;
+    static constexpr int kTiles = kDelta + kStages * kStatisticsBytes;
+    static constexpr int kQFull = kTiles + 2 * sizeof(AttentionTile), kQEmpty = kQFull + 8 * kStages;
+    static constexpr int kDoutFull = kQEmpty + 8 * kStages, kDoutEmpty = kDoutFull + 8 * kStages;
+    static constexpr int kDqFull = kDoutEmpty + 8 * kStages, kDqEmpty = kDqFull + 8 * kConsumers;
+    static constexpr int kTileFull = kDqEmpty + 8 * kConsumers, kTileEmpty = kTileFull + 16;
+    static constexpr int kKvFull = kTileEmpty + 16, kKvEmpty = kKvFull + 8, kDsEmpty = kKvEmpty + 8;
+    static constexpr int kSharedBytes = kDsEmpty + 8;
+    static_assert(kSharedBytes <= 232448, "");
+};
+
+struct AttentionBwdArguments {
+    CUtensorMap q, dout, k, v;
+    AttentionShape shape;
+    AttentionTileOrder order;
+    AttentionStrides dk_strides, dv_strides;
+    void *dk, *dv;
+    AttentionBwdWorkspace workspace;
+    bool deterministic;
+};
+
+template <int HeadDim>
+__device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArguments& args, char* base) {
+    using C = AttentionBwdTraits<HeadDim>;
+    const AttentionShape& shape = args.shape;
+    const uint32_t shared = shared_address(base);
+    const bool leader = elect_one();
+    RingPlace<C::kStages> place;
+
+    int index = blockIdx.x;
+    for (uint32_t tiles = 0;; ++tiles) {
+        const RingPlace<2> slot{tiles};
+        const RingPlace<1> kv_place{tiles};
+        mbarrier_wait(shared + C::kTileEmpty + 8 * slot.stage(), slot.parity() ^ 1);
+        // Stays in shared memory: there are few registers.
+        AttentionTile& tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage()];
+        const int block = locate_tile<C::kBlockN>(shape, args.order, index, &tile);
+        if (leader) mbarrier_arrive(shared + C::kTileFull + 8 * slot.stage());
+        if (block < 0) return;
+        if (leader) {
+            const int batch = shape.cu_seqlens ? 0 : tile.batch;
+            const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
+            const int group = shape.heads / shape.kv_heads;
+
+            mbarrier_wait(shared + C::kKvEmpty, kv_place.parity() ^ 1);
+            mbarrier_arrive_expect(shared + C::kKvFull, 2 * C::kKvBytes);
+#pragma unroll
+            for (int p = 0; p < C::kPanels; ++p) {
+                const int panel = p * C::kBlockN * C::kRowBytes, row = tile.k_row + tile.block * C::kBlockN;
+                tma_load_4d(shared + C::kK + panel, &args.k, shared + C::kKvFull, p * C::kPanel, row, tile.head, batch);
+                tma_load_4d(shared + C::kV + panel, &args.v, shared + C::kKvFull, p * C::kPanel, row, tile.head, batch);
+            }
+            auto load_block = [&](const CUtensorMap* map, const float* statistics, int full, int empty, int tiles,
+                                  int statistics_tiles, int head, int m) {
+                const uint32_t barrier = shared + full + 8 * place.stage();
+                mbarrier_wait(shared + empty + 8 * place.stage(), place.parity() ^ 1);
+                mbarrier_arrive_expect(barrier, C::kQBytes + C::kStatisticsBytes);
+#pragma unroll
+                for (int p = 0; p < C::kPanels; ++p)
+                    tma_load_4d(shared + tiles + place.stage() * C::kQBytes + p * C::kBlockM * C::kRowBytes, map,
+                                barrier, p * C::kPanel, tile.q_row + m * C::kBlockM, head, batch);
+                bulk_load(shared + statistics_tiles + place.stage() * C::kStatisticsBytes, statistics,
+                          C::kStatisticsBytes, barrier);
+            };
+#pragma unroll 1
+            for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
+                const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
+#pragma unroll 1
+                for (int m = blocks.begin; m < blocks.end; ++m) {
+                    const int64_t at = (first + m) * C::kBlockM;
+                    load_block(&args.q, args.workspace.minus_lse + at, C::kQFull, C::kQEmpty, C::kQ, C::kLse, head, m);
+                    load_block(&args.dout, args.workspace.delta + at, C::kDoutFull, C::kDoutEmpty, C::kDout, C::kDelta,
+                               head, m);
+                    place.advance();
+                }
+            }
+            index = gridDim.x + atomicAdd(args.workspace.tile_counter, 1);
+        }
+        index = __shfl_sync(~0u, index, 0);
+    }
+}
+
+// Adds what the consumers leave in shared memory to dq; one thread. In deterministic mode blocks of keys add in
+// ascending order: tiles are handed out in that order too, so that whoever is waited for is running.
+template <int HeadDim>
+__device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments& args, char* base) {
+    using C = AttentionBwdTraits<HeadDim>;
+    const AttentionShape& shape = args.shape;
+    const uint32_t shared = shared_address(base);
+    RingPlace<2> slot;
+    RingPlace<1> place;
+    while (true) {
+        mbarrier_wait(shared + C::kTileFull + 8 * slot.stage(), slot.parity());
+        const AttentionTile tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage()];
+        mbarrier_arrive(shared + C::kTileEmpty + 8 * slot.stage());
+        slot.advance();
+        if (tile.block < 0) break;
+        const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
+        const int group = shape.heads / shape.kv_heads;
+#pragma unroll 1
+        for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
+            const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
+#pragma unroll 1
+            for (int m = blocks.begin; m < blocks.end; ++m) {
+                int* added = args.workspace.added + first + m;
+                float* dq = args.workspace.dq + (first + m) * (C::kBlockM * HeadDim);
+                if (args.deterministic) {
+                    const int first_key = visible_keys(shape, tile, m * C::kBlockM).first;
+                    while (load_acquire(added) != tile.block - first_key / C::kBlockN) {
+                    }
+                    fence_async_proxy_global();
+                }
+                for (int w = 0; w < C::kConsumers; ++w) {
+                    mbarrier_wait(shared + C::kDqFull + 8 * w, place.parity());
+                    bulk_reduce_add(dq + w * (C::kDqBytes / 4), shared + C::kDq + w * C::kDqBytes, C::kDqBytes);
+                    bulk_commit();
+                    bulk_wait_read();
+                    mbarrier_arrive(shared + C::kDqEmpty + 8 * w);
+                }
+                if (args.deterministic) {
+                    bulk_wait();
+                    fence_async_proxy_global();
+                    red_release_add(added, 1);
+                }
+                place.advance();
+            }
+        }
+    }
+    bulk_wait();
+}
+
+template <class T, int HeadDim>
+__device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArguments& args, char* base, int group) {
+    using C = AttentionBwdTraits<HeadDim>;
+    constexpr int kScores = C::kBlockM / 2, kGradients = HeadDim / 2;  // accumulator registers
+    constexpr int kEveryGroup = 1;                                     // named barrier
+    const AttentionShape& shape = args.shape;
+    const uint32_t shared = shared_address(base);
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int queries_at = lane % 4 * 2;  // this thread's columns of the scores are 8 i + queries_at + {0, 1}
+
+    // Operands, by what they multiply.
+    const int group_rows = group * 64 * C::kRowBytes;
+    const uint64_t k_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kK + group_rows);
+    const uint64_t v_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kV + group_rows);
+    const uint64_t q_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kQ);
+    const uint64_t dout_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kDout);
+    const uint64_t q_dk = operand_depth_across_rows<C::kRowBytes>(shared + C::kQ, C::kBlockM * C::kRowBytes);
+    const uint64_t dout_dv = operand_depth_across_rows<C::kRowBytes>(shared + C::kDout, C::kBlockM * C::kRowBytes);
+    // Of dq a warpgroup computes 64 rows by 64 columns: half of the rows, or half of the columns.
+    constexpr bool kSplitRows = C::kBlockM == 128;
+    constexpr int kPanelBytes = C::kBlockN * C::kRowBytes;
+    const uint64_t ds_dq =
+        operand_depth_across_rows<C::kRowBytes>(shared + C::kDs + (kSplitRows ? group * kPanelBytes : 0), kPanelBytes);
+    const uint64_t k_dq =
+        operand_depth_across_rows<C::kRowBytes>(shared + C::kK + (kSplitRows ? 0 : group * kPanelBytes), kPanelBytes);
+
+    // Swizzled: the 16-byte unit of a row is exclusive-or'ed with the row.
+    const uint32_t ds_row =
+        shared + C::kDs + group_rows + (warp * 16 + lane % 16) * C::kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const uint32_t dq_to = shared + C::kDq + group * C::kDqBytes + threadIdx.x % kWarpgroup * 16;
+    const uint32_t out_rows = shared + C::kOut + group * C::kOutBytes + warp * 16 * C::kOutPitch;
+    const float scale = shape.scale * 1.44269504088896f;
+
+    float dk[kGradients], dv[kGradients];
+    RingPlace<C::kStages> place;
+    RingPlace<2> slot;
+    RingPlace<1> kv_place, dq_place;
+
+    auto arrive = [&](int barrier) {
+        if (lane == 0) mbarrier_arrive(shared + barrier);
+    };
+    auto multiply_scores = [&](float (&scores)[kScores], uint64_t a, uint64_t b) {
+        wgmma_fence();
+#pragma unroll
+        for (int d = 0; d < HeadDim; d += 16) {
+            const int panel = d / C::kPanel, within = d % C::kPanel * 2;
+            Wgmma<C::kBlockM, T, false, false>::multiply(scores, a + (panel * kPanelBytes + within >> 4),
+                                                         b + (panel * C::kBlockM * C::kRowBytes + within >> 4), d > 0);
+        }
+        wgmma_commit();
+    };
+    auto multiply_gradient = [&](float (&gradient)[kGradients], const uint32_t* a, uint64_t b) {
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < C::kBlockM; m += 16)
+            Wgmma<HeadDim, T, false, true>::multiply(gradient, a + m / 4, b + (m * C::kRowBytes >> 4), true);
+        wgmma_commit();
+    };
+    auto store_rows = [&](const float (&gradient)[kGradients], float factor, void* to, const AttentionStrides& strides,
+                          const AttentionTile& tile) {
+        bulk_wait_read();
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kGradients; i += 8) {
+            uint32_t packed[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                packed[j] = pack<T>(gradient[i + 2 * j] * factor, gradient[i + 2 * j + 1] * factor);
+            stmatrix_x4(out_rows + lane % 16 * C::kOutPitch + lane / 16 * 16 + i * 4, packed[0], packed[1], packed[2],
+                        packed[3]);
+        }
+        fence_async_proxy();
+        __syncwarp();
+        const int row = tile.block * C::kBlockN + group * 64 + warp * 16 + lane;
+        if (lane < 16 && row < tile.k_len)
+            bulk_store(static_cast<T*>(to) + (shape.cu_seqlens ? 0 : tile.batch * strides.batch) +
+                           tile.head * strides.head + (tile.k_row + int64_t(row)) * strides.row,
+                       out_rows + lane * C::kOutPitch, 2 * shape.head_dim);
+        bulk_commit();
+    };
+
+    while (true) {
+        mbarrier_wait(shared + C::kTileFull + 8 * slot.stage(), slot.parity());
+        // Stays in shared memory: the loop has no registers for it.
+        const AttentionTile& tile = reinterpret_cast<const AttentionTile*>(base + C::kTiles)[slot.stage()];
+        if (tile.block < 0) break;
+
+        const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
+        const int group_key = tile.block * C::kBlockN + group * 64;
+        // Queries that see every key of the warpgroup: blocks within need no mask.
+        const KeyRange common = {
+            max(visible_queries(shape, tile, group_key).first, visible_queries(shape, tile, group_key + 63).first),
+            visible_queries(shape, tile, group_key).last};
+#pragma unroll
+        for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
+
+        mbarrier_wait(shared + C::kKvFull, kv_place.parity());
+        kv_place.advance();
+        if (shape.cu_seqlens && (tile.block + 1) * C::kBlockN > tile.k_len) {
+            const int from = tile.k_len - tile.block * C::kBlockN, thread = threadIdx.x - kWarpgroup;
+            clear_rows<C::kPanels, C::kBlockN, C::kRowBytes>(base + C::kK, from, thread, 2 * kWarpgroup);
+            clear_rows<C::kPanels, C::kBlockN, C::kRowBytes>(base + C::kV, from, thread, 2 * kWarpgroup);
+            fence_async_proxy();
+            named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
+        }
+        const int iterations = (blocks.end - blocks.begin) * (shape.heads / shape.kv_heads);
+        int m = blocks.begin;
+        for (int i = 0; i < iterations; ++i) {
+            float scores[kScores], dscores[kScores], dq[32];
+            uint32_t weights[kScores / 2], packed[kScores / 2];
+            auto pack_weights = [&] {
+#pragma unroll
+                for (int j = 0; j < kScores; j += 2) weights[j / 2] = pack<T>(scores[j], scores[j + 1]);
+            };
+            const uint64_t stage = place.stage() * (C::kQBytes >> 4);
+            mbarrier_wait(shared + C::kQFull + 8 * place.stage(), place.parity());
+            if (shape.cu_seqlens && (m + 1) * C::kBlockM > tile.q_len) {
+                const int from = tile.q_len - m * C::kBlockM, thread = threadIdx.x - kWarpgroup;
+                mbarrier_wait(shared + C::kDoutFull + 8 * place.stage(), place.parity());
+                clear_rows<C::kPanels, C::kBlockM, C::kRowBytes>(base + C::kQ + place.stage() * C::kQBytes, from,
+                                                                 thread, 2 * kWarpgroup);
+                clear_rows<C::kPanels, C::kBlockM, C::kRowBytes>(base + C::kDout + place.stage() * C::kQBytes, from,
+                                                                 thread, 2 * kWarpgroup);
+                fence_async_proxy();
+                named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
+            }
+            multiply_scores(scores, k_scores, q_scores + stage);
+            mbarrier_wait(shared + C::kDoutFull + 8 * place.stage(), place.parity());
+            multiply_scores(dscores, v_scores, dout_scores + stage);
+            wgmma_wait<1>();
+            pin(scores);
+
+            const int query = m * C::kBlockM;
+            if (query < common.first || query + C::kBlockM - 1 > common.last) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int key = tile.block * C::kBlockN + group * 64 + warp * 16 + lane / 4 + 8 * h;
+                    const KeyRange queries = visible_queries(shape, tile, key);
+                    mask_row(scores, h, queries.first - query - queries_at, queries.last - query - queries_at);
+                }
+            }
+            const float2* minus_lse =
+                reinterpret_cast<const float2*>(base + C::kLse + place.stage() * C::kStatisticsBytes + queries_at * 4);
+            const float2* delta = reinterpret_cast<const float2*>(base + C::kDelta +
+                                                                  place.stage() * C::kStatisticsBytes + queries_at * 4);
+#pragma unroll
+            for (int j = 0; j < kScores; j += 4) {
+                const float2 l = minus_lse[j];
+                scores[j] = exp2_approx(fmaf(scores[j], scale, l.x));
+                scores[j + 1] = exp2_approx(fmaf(scores[j + 1], scale, l.y));
+                scores[j + 2] = exp2_approx(fmaf(scores[j + 2], scale, l.x));
+                scores[j + 3] = exp2_approx(fmaf(scores[j + 3], scale, l.y));
+            }
+            if constexpr (C::kDvFirst) {
+                pack_weights();
+                multiply_gradient(dv, weights, dout_dv + stage);
+                wgmma_wait<1>();
+            } else {
+                wgmma_wait<0>();
+            }
+            pin(dscores);
+            if constexpr (!C::kDvFirst) pack_weights();
+#pragma unroll
+            for (int j = 0; j < kScores; j += 4) {
+                const float2 d = delta[j];
+                packed[j / 2] = pack<T>(scores[j] * (dscores[j] - d.x), scores[j + 1] * (dscores[j + 1] - d.y));
+                packed[j / 2 + 1] =
+                    pack<T>(scores[j + 2] * (dscores[j + 2] - d.x), scores[j + 3] * (dscores[j + 3] - d.y));
+            }
+            if constexpr (!C::kDvFirst) multiply_gradient(dv, weights, dout_dv + stage);
+            mbarrier_wait(shared + C::kDsEmpty, dq_place.parity() ^ 1);
+#pragma unroll
+            for (int j = 0; j < kScores / 2; j += 4)
+                stmatrix_x4((ds_row ^ (j / 2 % 8 << 4)) + j / 16 * kPanelBytes, packed[j], packed[j + 1], packed[j + 2],
+                            packed[j + 3]);
+            fence_async_proxy();
+            named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
+            wgmma_fence();
+#pragma unroll
+            for (int n = 0; n < C::kBlockN; n += 16)
+                Wgmma<64, T, true, true>::multiply(dq, ds_dq + (n * C::kRowBytes >> 4), k_dq + (n * C::kRowBytes >> 4),
+                                                   n > 0);
+            wgmma_commit();
+            multiply_gradient(dk, packed, q_dk + stage);
+
+            wgmma_wait<1>();
+            pin(dv);
+            pin(dq);
+            pin(weights);
+            arrive(C::kDsEmpty);
+            arrive(C::kDoutEmpty + 8 * place.stage());
+            mbarrier_wait(shared + C::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
+#pragma unroll
+            for (int j = 0; j < 32; j += 4)
+                *reinterpret_cast<float4*>(base + (dq_to - shared) + j * 4 * kWarpgroup) =
+                    float4{dq[j], dq[j + 1], dq[j + 2], dq[j + 3]};
+            fence_async_proxy();
+            __syncwarp();
+            arrive(C::kDqFull + 8 * group);
+            dq_place.advance();
+
+            wgmma_wait<0>();
+            pin(dk);
+            pin(packed);
+            arrive(C::kQEmpty + 8 * place.stage());
+            place.advance();
+            if (++m == blocks.end) m = blocks.begin;
+        }
+        arrive(C::kKvEmpty);
+        store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
+        store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
+        __syncwarp();
+        arrive(C::kTileEmpty + 8 * slot.stage());
+        slot.advance();
+    }
+    bulk_wait_read();
+}
+
+template <class T, int HeadDim>
+__global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
+    attention_bwd_kernel(const __grid_constant__ AttentionBwdArguments args) {
+    using C = AttentionBwdTraits<HeadDim>;
+    extern __shared__ __align__(1024) char base[];
+    const int warp = warp_index();
+    if (warp == 0 && elect_one()) {
+        const uint32_t shared = shared_address(base);
+        prefetch_tensor_map(&args.q);
+        prefetch_tensor_map(&args.dout);
+        prefetch_tensor_map(&args.k);
+        prefetch_tensor_map(&args.v);
+        constexpr int kWarps = 4 * C::kConsumers;
+        for (int i = 0; i < C::kStages; ++i) {
+            mbarrier_init(shared + C::kQFull + 8 * i, 1);
+            mbarrier_init(shared + C::kDoutFull + 8 * i, 1);
+            mbarrier_init(shared + C::kQEmpty + 8 * i, kWarps);
+            mbarrier_init(shared + C::kDoutEmpty + 8 * i, kWarps);
+        }
+        for (int i = 0; i < C::kConsumers; ++i) {
+            mbarrier_init(shared + C::kDqFull + 8 * i, 4);
+            mbarrier_init(shared + C::kDqEmpty + 8 * i, 1);
+        }
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(shared + C::kTileFull + 8 * i, 1);
+            mbarrier_init(shared + C::kTileEmpty + 8 * i, kWarps + 1);
+        }
+        mbarrier_init(shared + C::kKvFull, 1);
+        mbarrier_init(shared + C::kKvEmpty, kWarps);
+        mbarrier_init(shared + C::kDsEmpty, kWarps);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (warp < 4) {
+        give_registers<C::kProducerRegisters>();
+        if (warp == 0) attention_bwd_produce<HeadDim>(args, base);
+        if (warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, base);
+    } else {
+        take_registers<C::kConsumerRegisters>();
+        attention_bwd_consume<T, HeadDim>(args, base, warp / 4 - 1);
+    }
+}

@@ -1,0 +1,151 @@
+// The passes before and after the backward pass's main kernel, and the launch of all three.
+#pragma once
+#include "attention/attention_bwd_kernel.cuh"
+#include "common/vector.cuh"
+
+struct AttentionBwdPassArguments {
+    AttentionShape shape;
+    AttentionTileOrder order;  // over blocks of queries
+    AttentionBwdWorkspace workspace;
+    AttentionStrides out_strides, dout_strides, dq_strides;
+    const void *out, *dout;
+    const float* lse;
+    void* dq;
+};
+
+__device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const AttentionTile& tile,
+                                              const AttentionStrides& strides, int row) {
+    return (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head +
+           (tile.q_row + int64_t(row)) * strides.row;
+}
+
+// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to.
+template <class T, int HeadDim>
+__global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const AttentionBwdPassArguments args) {
+    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
+    constexpr int kRowThreads = HeadDim / 8;
+    const AttentionShape& shape = args.shape;
+    __shared__ AttentionTile tile;
+    if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
+    __syncthreads();
+    if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = 0;
+    if (tile.block < 0) return;
+    const int64_t slot = first_slot<kBlockM>(shape, args.workspace, tile, tile.head) + tile.block;
+    if (threadIdx.x == 0) args.workspace.added[slot] = 0;
+    float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * (kBlockM * HeadDim));
+    for (int i = threadIdx.x; i < kBlockM * HeadDim / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+
+    const int column = threadIdx.x % kRowThreads * 8;
+    for (int i = threadIdx.x / kRowThreads; i < kBlockM; i += blockDim.x / kRowThreads) {
+        const int row = tile.block * kBlockM + i;
+        float delta = 0.f;
+        if (row < tile.q_len && column < shape.head_dim) {
+            const T* out = static_cast<const T*>(args.out) + row_offset(shape, tile, args.out_strides, row) + column;
+            const T* dout = static_cast<const T*>(args.dout) + row_offset(shape, tile, args.dout_strides, row) + column;
+            const uint4 a = *reinterpret_cast<const uint4*>(out), b = *reinterpret_cast<const uint4*>(dout);
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                delta += to_float(reinterpret_cast<const T*>(&a)[j]) * to_float(reinterpret_cast<const T*>(&b)[j]);
+        }
+#pragma unroll
+        for (int step = kRowThreads / 2; step; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+        if (column == 0) {
+            const int64_t first = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
+                                                   : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
+            const float lse = row < tile.q_len ? args.lse[first + row] : -INFINITY;
+            args.workspace.delta[slot * kBlockM + i] = delta;
+            args.workspace.minus_lse[slot * kBlockM + i] = lse == -INFINITY ? -INFINITY : -1.44269504088896f * lse;
+        }
+    }
+}
+
+// One CTA to a block of queries: dq from the main kernel's accumulator order to rows of T.
+template <class T, int HeadDim>
+__global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionBwdPassArguments args) {
+    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
+    constexpr int kPitch = 2 * 64 + 16;
+    const AttentionShape& shape = args.shape;
+    __shared__ AttentionTile tile;
+    if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
+    __syncthreads();
+    if (tile.block < 0) return;
+    const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t slot = first_slot<kBlockM>(shape, args.workspace, tile, tile.head) + tile.block;
+    const float4* dq = reinterpret_cast<const float4*>(args.workspace.dq + slot * (kBlockM * HeadDim)) +
+                       group * (kBlockM * HeadDim / 8) + threadIdx.x % kWarpgroup;
+    __shared__ __align__(16) char rows[8][16 * kPitch];
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float4 x = dq[(i + j) * kWarpgroup];
+            packed[2 * j] = pack<T>(x.x * shape.scale, x.y * shape.scale);
+            packed[2 * j + 1] = pack<T>(x.z * shape.scale, x.w * shape.scale);
+        }
+        stmatrix_x4(shared_address(rows[warp]) + lane % 16 * kPitch + lane / 16 * 16 + i * 16, packed[0], packed[1],
+                    packed[2], packed[3]);
+    }
+    __syncwarp();
+    // A warpgroup has 64 rows by 64 columns: half of the rows, or half of the columns.
+    const int first_row = tile.block * kBlockM + warp % 4 * 16 + (kBlockM == 128 ? 64 * group : 0);
+    const int column = (kBlockM == 128 ? 0 : 64 * group) + lane % 8 * 8;
+#pragma unroll
+    for (int i = lane / 8; i < 16; i += 4)
+        if (first_row + i < tile.q_len && column < shape.head_dim)
+            *reinterpret_cast<uint4*>(static_cast<T*>(args.dq) +
+                                      row_offset(shape, tile, args.dq_strides, first_row + i) + column) =
+                *reinterpret_cast<const uint4*>(rows[warp] + i * kPitch + lane % 8 * 16);
+}
+
+template <class T, int HeadDim>
+cudaError_t attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
+    using C = AttentionBwdTraits<HeadDim>;
+    const AttentionShape& shape = params.shape;
+    const int group = shape.heads / shape.kv_heads;
+
+    AttentionBwdPassArguments pass;
+    pass.shape = shape;
+    pass.order = attention_tile_order(shape, shape.heads, shape.q_len, C::kBlockM, 0, false);
+    attention_bwd_workspace<HeadDim>(shape, params.workspace, &pass.workspace);
+    pass.out_strides = params.out_strides;
+    pass.dout_strides = params.dout_strides;
+    pass.dq_strides = params.dq_strides;
+    pass.out = params.out;
+    pass.dout = params.dout;
+    pass.lse = params.lse;
+    pass.dq = params.dq;
+
+    AttentionBwdArguments args;
+    constexpr auto type = tensor_map_type<T>();
+    auto map = [&](CUtensorMap* to, const void* data, const AttentionStrides& strides, int heads, int rows, int box) {
+        return attention_tensor_map(to, type, data, strides, shape, heads, rows, C::kPanel, box);
+    };
+    if (!map(&args.q, params.q, params.q_strides, shape.heads, shape.q_len, C::kBlockM) ||
+        !map(&args.dout, params.dout, params.dout_strides, shape.heads, shape.q_len, C::kBlockM) ||
+        !map(&args.k, params.k, params.k_strides, shape.kv_heads, shape.k_len, C::kBlockN) ||
+        !map(&args.v, params.v, params.v_strides, shape.kv_heads, shape.k_len, C::kBlockN))
+        return cudaErrorInvalidValue;
+    args.shape = shape;
+    // Queries, dout and float32 dq are what blocks of keys share.
+    args.order = attention_tile_order(shape, shape.kv_heads, shape.k_len, C::kBlockN,
+                                      int64_t(shape.q_len) * HeadDim * 8 * group, false);
+    args.dk_strides = params.dk_strides;
+    args.dv_strides = params.dv_strides;
+    args.dk = params.dk;
+    args.dv = params.dv;
+    args.workspace = pass.workspace;
+    args.deterministic = params.deterministic;
+
+    const int64_t passes = attention_tile_count(shape, pass.order, shape.q_len, C::kBlockM);
+    const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, C::kBlockN);
+    const auto kernel = attention_bwd_kernel<T, HeadDim>;
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes))
+        return error;
+    attention_bwd_begin_kernel<T, HeadDim><<<unsigned(passes), 256, 0, stream>>>(pass);
+    if (cudaError_t error = cudaGetLastError()) return error;
+    kernel<<<int(tiles < params.sm_count ? tiles : params.sm_count), C::kThreads, C::kSharedBytes, stream>>>(args);
+    if (cudaError_t error = cudaGetLastError()) return error;
+    attention_bwd_end_kernel<T, HeadDim><<<unsigned(passes), 256, 0, stream>>>(pass);
+    return cudaGetLastError();
+}
