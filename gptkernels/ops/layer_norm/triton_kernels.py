@@ -297,8 +297,10 @@ def layer_norm_bwd_reduce_kernel(
 # The last row of each serves longer rows still, BLOCK columns at a time.
 FWD_LAUNCH = {128: (8, 0, 4), 256: (4, 0, 4), 512: (2, 0, 4), 1024: (1, 0, 4), 2048: (1, 0, 4), 4096: (1, 0, 8),
               8192: (1, 0, 8), 16384: (1, 0, 16), 65536: (1, 8192, 16)}  # fmt: skip
-BWD_LAUNCH = {128: (8, 0, 4), 256: (4, 0, 4), 512: (2, 0, 4), 1024: (1, 0, 4), 2048: (1, 0, 8), 4096: (1, 0, 8),
+BWD_LAUNCH = {128: (8, 0, 4), 256: (4, 0, 4), 512: (1, 0, 4), 1024: (1, 0, 4), 2048: (1, 0, 8), 4096: (1, 0, 8),
               8192: (1, 0, 16), 65536: (1, 4096, 16)}  # fmt: skip
+# Philox does not fit into the registers beside a row of 8192.
+BWD_DROPOUT_LAUNCH = {longest: row for longest, row in BWD_LAUNCH.items() if longest != 8192}
 REDUCE_LAUNCH = {"BLOCK_P": 32, "BLOCK_N": 64, "num_warps": 8}
 MAX_COLUMNS = 65536
 
@@ -383,7 +385,7 @@ def layer_norm_bwd(
     if rows == 0:
         grad_weight.zero_(), grad_bias.zero_()
         return outputs
-    launch = launch_row(BWD_LAUNCH, columns)
+    launch = launch_row(BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH, columns)
     programs = min(triton.cdiv(rows, launch["ROWS"]), 4 * hardware.sm_count(h.device))
     has_partials = weight_grad or bias_grad
     allocate = torch.empty if launch["WHOLE_ROW"] else torch.zeros

@@ -1,0 +1,99 @@
+"""Compiles exactly what launchers launch, without running it, and reads what the assembler makes of it."""
+
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import triton
+
+from gptkernels import simulator
+
+# Shared memory that one CTA may have, in bytes.
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it would be launched on one architecture."""
+
+    kernel: str
+    arch: int
+    ptx: str
+    shared: int
+    num_warps: int
+
+    @property
+    def machine_code(self) -> "MachineCode":
+        return assemble(self.ptx, "sm_90a" if self.arch == 90 else f"sm_{self.arch}a" if self.arch >= 100 else "sm_80")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    registers: int
+    spilled_bytes: int
+    stack_bytes: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}", self.sass))
+
+
+def tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+@cache
+def assemble(ptx: str, target: str) -> MachineCode:
+    """Registers, spills and SASS of a module with one kernel, by Triton's own assembler."""
+    blackwell = tool("ptxas-blackwell")
+    ptxas = blackwell if target.startswith("sm_10") and blackwell.exists() else tool("ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", str(cubin)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        sass = subprocess.run(
+            [str(tool("cuobjdump")), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {
+        name: max(map(int, re.findall(pattern, result.stderr)), default=0)
+        for name, pattern in (
+            ("registers", r"Used (\d+) registers"),
+            ("spilled_bytes", r"(\d+) bytes spill stores"),
+            ("stack_bytes", r"(\d+) bytes stack frame"),
+        )
+    }
+    return MachineCode(**numbers, sass=sass)
+
+
+@contextmanager
+def compiled_launches(arch: int):
+    """Inside, Triton launches compile for `arch` and do not run; yields the list of what was compiled."""
+    launches = []
+    jit_function = triton.runtime.jit.JITFunction
+    real_run = jit_function.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = real_run(self, *args, grid=grid, warmup=True, **options)
+        launches.append(
+            Compiled(self.__name__, arch, kernel.asm["ptx"], kernel.metadata.shared, kernel.metadata.num_warps)
+        )
+        return kernel
+
+    with simulator.use(arch), mock.patch.object(jit_function, "run", compile_only):
+        yield launches
+
+
+def assert_within_limits(compiled: Compiled) -> None:
+    code = compiled.machine_code
+    where = f"{compiled.kernel} for sm_{compiled.arch}"
+    assert code.spilled_bytes == 0, f"{where} spills {code.spilled_bytes} bytes"
+    assert code.stack_bytes == 0, f"{where} has a stack frame of {code.stack_bytes} bytes"
+    assert code.registers * compiled.num_warps * 32 <= 65536, f"{where} needs {code.registers} registers"
+    assert compiled.shared <= SHARED_LIMIT[compiled.arch], f"{where} needs {compiled.shared} bytes of shared memory"

@@ -1,0 +1,100 @@
+"""Every kernel and launch-table row of LayerNorm compiles for each architecture, without spills, with wide loads."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from compile_gate import assert_within_limits, compiled_launches, tool
+
+from gptkernels import cuda_build, cuda_library, simulator
+from gptkernels.ops.layer_norm import triton_kernels
+
+if simulator.unavailable():
+    pytest.skip(simulator.unavailable(), allow_module_level=True)
+
+# (x, residual, dropout); each launch row is compiled with the first and with one of the others in turn
+VARIANTS = [
+    (torch.bfloat16, torch.bfloat16, 0.0),
+    (torch.float32, torch.float32, 0.0),
+    (torch.float16, torch.float32, 0.0),
+    (torch.bfloat16, torch.bfloat16, 0.1),
+]
+ROWS = sorted({*triton_kernels.FWD_LAUNCH, *triton_kernels.BWD_LAUNCH})
+
+
+def launch_layer_norm(columns: int, dtype: torch.dtype, residual_dtype: torch.dtype, dropout: float) -> None:
+    x, dy = torch.empty(2, 64, columns, dtype=dtype)
+    residual, dh = torch.empty(2, 64, columns, dtype=residual_dtype)
+    weight, bias = torch.empty(2, columns, dtype=dtype)
+    mean, rstd = torch.empty(2, 64)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    triton_kernels.layer_norm_fwd(x, residual, weight, bias, seed, 1e-5, dropout)
+    triton_kernels.layer_norm_bwd(dy, dh, residual, weight, mean, rstd, seed, dropout, True, True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("columns", ROWS)
+def test_triton_layer_norm(arch, columns):
+    with compiled_launches(arch) as launches:
+        for variant in (VARIANTS[0], VARIANTS[1 + ROWS.index(columns) % 3]):
+            launch_layer_norm(columns, *variant)
+    kernels = {launch.kernel for launch in launches}
+    assert kernels == {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "layer_norm_bwd_reduce_kernel"}
+    for launch in launches:
+        assert_within_limits(launch)
+        # A thread with fewer than 8 elements of a short row has no 16 bytes to load at once.
+        if columns >= 1024 and launch.kernel != "layer_norm_bwd_reduce_kernel":
+            assert launch.machine_code.count(r"LDG\.E\.128") + launch.machine_code.count(r"LDG\.E\.ENL2\.256") > 0
+
+
+def library_or_skip():
+    reason = simulator.cuda_unavailable() if not torch.cuda.is_available() else cuda_library.missing()
+    if reason and cuda_build.find_nvcc() and "does not load beside this torch" not in reason:
+        pytest.fail(f"nvcc is here, so the CUDA library should be: {reason}")
+    if reason:
+        pytest.skip(reason)
+    return cuda_library.load()
+
+
+def resource_usage(path: str, name: str) -> list[tuple[str, int, int]]:
+    """(function, registers, stack bytes) of every kernel in the library whose name contains `name`."""
+    text = subprocess.run(
+        [str(tool("cuobjdump")), "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
+    return [(function, int(registers), int(stack)) for function, registers, stack in found if name in function]
+
+
+def test_cuda_layer_norm_resources():
+    usage = resource_usage(library_or_skip().__file__, "layer_norm")
+    archs = len(cuda_library.load().archs.split("."))
+    # 5 pairs of dtypes x 4 row shapes x 2 directions, and a reduction for each dtype.
+    assert len(usage) == archs * (5 * 4 * 2 + 3)
+    assert [function for function, _, stack in usage if stack] == []
+
+
+def test_cuda_layer_norm_loads_16_bytes():
+    path = library_or_skip().__file__
+    sass = subprocess.run([str(tool("cuobjdump")), "--dump-sass", path], capture_output=True, text=True, check=True)
+    for body in re.split(r"\n\s*Function : ", sass.stdout)[1:]:
+        name = body.split("\n", 1)[0]
+        if "layer_norm_fwd_kernel" in name or "layer_norm_bwd_kernel" in name:
+            assert "LDG.E.128" in body, f"{name} has no 16-byte loads"
+            assert "STG.E.128" in body, f"{name} has no 16-byte stores"
+
+
+def test_cuda_ptx_assembles_for_blackwell():
+    """The PTX in the library is what newer GPUs get."""
+    path = library_or_skip().__file__
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([str(tool("cuobjdump")), "--extract-ptx", "all", path], cwd=folder, capture_output=True)
+        modules = [p for p in Path(folder).glob("*.ptx") if re.search(r"^\.target sm_80\b", p.read_text(), re.M)]
+        assert any("layer_norm_fwd_kernel" in p.read_text() for p in modules)
+        ptxas = tool("ptxas-blackwell") if tool("ptxas-blackwell").exists() else tool("ptxas")
+        for module in modules:
+            command = [str(ptxas), "--gpu-name=sm_100", str(module), "-o", str(module.with_suffix(".cubin"))]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
