@@ -44,9 +44,7 @@ setup(
     package_dir={"gptkernels": "gptkernels", "gptkernels.csrc": "csrc"},
     package_data={
         "gptkernels": ["py.typed"],
-        **{
-            "gptkernels." + ".".join(f.relative_to(ROOT).parts): ["*.cu", "*.cuh", "*.h", "*.cpp"] for f in csrc_folders
-        },
+        **{name: ["*.cu", "*.cuh", "*.h", "*.cpp"] for name in csrc_packages},
     },
     # optional: setuptools must not insist on a file that a machine without a working compiler did not produce.
     ext_modules=[Extension("gptkernels._cuda", [], optional=True)] if cuda_build.find_nvcc() else [],
