@@ -2,7 +2,11 @@
 // cudaError_t; gptkernels/cuda_library.py turns it into an exception.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+
+#include "attention/attention.h"
 #include "layer_norm/layer_norm.h"
 
 extern const char* const kSourceHash;
@@ -41,6 +45,52 @@ int layer_norm_bwd_binding(Address dy, Address dh, Address h, Address weight, Ad
                           pointer<CUstream_st>(stream));
 }
 
+using Strides = std::array<int64_t, 3>;  // from one batch entry, head and row to the next
+
+AttentionStrides attention_strides(const Strides& strides) { return {strides[0], strides[1], strides[2]}; }
+
+AttentionShape attention_shape(int batch, int heads, int kv_heads, int q_len, int k_len, int head_dim, int left,
+                               int right, float scale, Address key_start, Address cu_seqlens) {
+    return {batch, heads, kv_heads, q_len, k_len, head_dim, left, right, scale, pointer<int>(key_start),
+            pointer<int>(cu_seqlens)};
+}
+
+int attention_fwd_binding(Address q, Address k, Address v, Address out, Address lse, Address tile_counter,
+                          Strides q_strides, Strides k_strides, Strides v_strides, Strides out_strides, int dtype,
+                          int sm_count, int batch, int heads, int kv_heads, int q_len, int k_len, int head_dim,
+                          int left, int right, float scale, Address key_start, Address cu_seqlens, Address stream) {
+    return attention_fwd({attention_shape(batch, heads, kv_heads, q_len, k_len, head_dim, left, right, scale,
+                                          key_start, cu_seqlens),
+                          static_cast<DType>(dtype), sm_count, pointer<void>(q), pointer<void>(k), pointer<void>(v),
+                          pointer<void>(out), attention_strides(q_strides), attention_strides(k_strides),
+                          attention_strides(v_strides), attention_strides(out_strides), pointer<float>(lse),
+                          pointer<int>(tile_counter)},
+                         pointer<CUstream_st>(stream));
+}
+
+int attention_bwd_binding(Address dout, Address q, Address k, Address v, Address out, Address lse, Address dq,
+                          Address dk, Address dv, Address workspace, Strides dout_strides, Strides q_strides,
+                          Strides k_strides, Strides v_strides, Strides out_strides, Strides dq_strides,
+                          Strides dk_strides, Strides dv_strides, int dtype, int sm_count, bool deterministic,
+                          int batch, int heads, int kv_heads, int q_len, int k_len, int head_dim, int left, int right,
+                          float scale, Address key_start, Address cu_seqlens, Address stream) {
+    return attention_bwd({attention_shape(batch, heads, kv_heads, q_len, k_len, head_dim, left, right, scale,
+                                          key_start, cu_seqlens),
+                          static_cast<DType>(dtype), sm_count, deterministic, pointer<void>(dout), pointer<void>(q),
+                          pointer<void>(k), pointer<void>(v), pointer<void>(out), pointer<float>(lse),
+                          pointer<void>(dq), pointer<void>(dk), pointer<void>(dv), attention_strides(dout_strides),
+                          attention_strides(q_strides), attention_strides(k_strides), attention_strides(v_strides),
+                          attention_strides(out_strides), attention_strides(dq_strides), attention_strides(dk_strides),
+                          attention_strides(dv_strides), pointer<void>(workspace)},
+                         pointer<CUstream_st>(stream));
+}
+
+int64_t attention_bwd_workspace_binding(int batch, int heads, int kv_heads, int q_len, int k_len, int head_dim,
+                                        int left, int right, float scale, Address key_start, Address cu_seqlens) {
+    return attention_bwd_workspace_bytes(attention_shape(batch, heads, kv_heads, q_len, k_len, head_dim, left, right,
+                                                         scale, key_start, cu_seqlens));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -48,6 +98,9 @@ PYBIND11_MODULE(_cuda, m) {
     m.attr("archs") = kArchs;
     m.attr("cuda_version") = CUDART_VERSION;
     m.def("error_string", [](int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); });
+    m.def("attention_fwd", &attention_fwd_binding);
+    m.def("attention_bwd", &attention_bwd_binding);
+    m.def("attention_bwd_workspace_bytes", &attention_bwd_workspace_binding);
     m.def("layer_norm_fwd", &layer_norm_fwd_binding);
     m.def("layer_norm_bwd", &layer_norm_bwd_binding);
     m.def("layer_norm_bwd_partial_rows", &layer_norm_bwd_partial_rows);

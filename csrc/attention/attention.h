@@ -1,7 +1,10 @@
 // Attention on sm_90a: what the launchers take. No torch, no pybind.
 #pragma once
-#include <cuda_runtime.h>
-#include <stdint.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
 
 // Query i of a row sees key j when key_start <= j and i + offset - left <= j <= i + offset + right, where
 // offset = k_len - q_len aligns the mask bottom-right. kUnbounded on either side: no limit there.
@@ -25,7 +28,7 @@ struct AttentionStrides {
 
 struct AttentionFwdParams {
     AttentionShape shape;
-    int dtype;  // as in common/dtype.h: float16 or bfloat16
+    DType dtype;  // float16 or bfloat16
     int sm_count;
     const void *q, *k, *v;  // (batch, heads, q_len, head_dim), (batch, kv_heads, k_len, head_dim) twice
     void* out;              // as q
@@ -36,13 +39,14 @@ struct AttentionFwdParams {
 
 struct AttentionBwdParams {
     AttentionShape shape;
-    int dtype, sm_count;
+    DType dtype;
+    int sm_count;
     bool deterministic;  // fixes the order in which blocks of keys add to dq
     const void *dout, *q, *k, *v, *out;
     const float* lse;    // as the forward pass left it
     void *dq, *dk, *dv;  // as q, k and v
     AttentionStrides dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dk_strides, dv_strides;
-    void* workspace;  // attention_bwd_workspace_bytes of it, aligned to 256 bytes
+    void* workspace;  // attention_bwd_workspace_bytes of it, aligned to 16 bytes
 };
 
 cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);

@@ -12,7 +12,7 @@ static cudaError_t attention_bwd_of(const AttentionBwdParams& params, cudaStream
 }
 
 cudaError_t attention_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
-    return DType(params.dtype) == DType::kFloat16 ? attention_bwd_of<__half>(params, stream)
+    return params.dtype == DType::kFloat16 ? attention_bwd_of<__half>(params, stream)
                                                   : attention_bwd_of<__nv_bfloat16>(params, stream);
 }
 

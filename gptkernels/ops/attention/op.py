@@ -7,9 +7,9 @@ from ...dispatch import select
 from ...torch_library import first_order_only
 from .. import checks
 from ..dropout import draw_seed
-from . import eager, triton_kernels
+from . import cuda_kernels, eager, triton_kernels
 
-BACKENDS = {"triton": triton_kernels, "eager": eager}
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 HEAD_SIZES = range(16, 257)
 
 

@@ -1,0 +1,146 @@
+"""Attention in CUDA C++ (csrc/attention) for compute capability 9.0, dense and banded, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from ... import cuda_library, hardware
+from ...torch_library import torch_op
+from .outputs import bwd_outputs, fwd_outputs
+
+MAX_TOKENS = 1 << 28
+MAX_TRAINED_HEAD_SIZE = 128
+# The kernels' word for a mask that does not end on one side of the diagonal.
+UNBOUNDED = 1 << 30
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> str | None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {q.dtype}"
+    if dropout > 0:
+        return "has no dropout"
+    if q.shape[-1] % 8:
+        return f"takes head sizes that are multiples of 8, not {q.shape[-1]}"
+    if q.shape[-1] > MAX_TRAINED_HEAD_SIZE and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return f"has gradients for head sizes up to {MAX_TRAINED_HEAD_SIZE}, not {q.shape[-1]}"
+    if max(x.shape[-2 if x.ndim == 4 else 0] for x in (q, k)) > MAX_TOKENS:
+        return f"takes up to {MAX_TOKENS} tokens"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        reason = not_addressable(x)
+        if reason:
+            return f"{name} {reason}"
+    return cuda_library.unsupported(q.device, min_arch=90)
+
+
+def not_addressable(x: Tensor) -> str | None:
+    """x: (B, H, T, D) or (T, H, D). Why the bulk copy engine cannot read it, or None"""
+    # While compiling there is no address; the allocator's are aligned.
+    at = x.storage_offset() * x.element_size() if torch.compiler.is_compiling() else x.data_ptr()
+    if at % 16:
+        return "does not start at a multiple of 16 bytes"
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size > 1 and (stride % 8 or stride == 0):
+            return f"has a stride of {stride} elements, which must be a positive multiple of 8"
+    return None
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
+    return tuple(x.stride()[:3]) if x.ndim == 4 else (0, x.stride(1), x.stride(0))
+
+
+def shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale) -> tuple:
+    """csrc/attention/attention.h's AttentionShape"""
+    packed = cu_seqlens is not None
+    batch, q_len, k_len = (cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]) if packed else (*q.shape[::2], k.shape[2])
+    left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
+    right = 0 if causal else left
+    return batch, q.shape[1], k.shape[1], q_len, k_len, q.shape[-1], left, right, scale, key_start, cu_seqlens
+
+
+@torch_op(fake=fwd_outputs)
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
+    cu_seqlens: (N + 1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
+    out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+    if q.numel() == 0 or k.numel() == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+    cuda_library.launch(
+        "attention_fwd",
+        q,
+        k,
+        v,
+        out,
+        lse,
+        torch.empty((1,), dtype=torch.int32, device=q.device),
+        *map(strides, (q, k, v, out)),
+        cuda_library.DTYPE[q.dtype],
+        hardware.sm_count(q.device),
+        *shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale),
+    )
+    return out, lse
+
+
+@torch_op(fake=bwd_outputs)
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_start: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
+    -> dq, dk, dv: as q, k, v. dk and dv are the same on every run, dq with `deterministic`."""
+    grads = bwd_outputs(
+        dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
+    )
+    if q.numel() == 0 or k.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    if dout.stride(-1) != 1 or not_addressable(dout):
+        dout = dout.contiguous()
+    shape = shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale)
+    addresses = (0 if x is None else x.data_ptr() for x in (key_start, cu_seqlens))
+    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(*shape[:-2], *addresses)
+    tensors = (dout, q, k, v, out, lse, *grads)
+    cuda_library.launch(
+        "attention_bwd",
+        *tensors,
+        torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device),
+        *(strides(x) for x in tensors if x is not lse),
+        cuda_library.DTYPE[q.dtype],
+        hardware.sm_count(q.device),
+        deterministic,
+        *shape,
+    )
+    return grads

@@ -1,0 +1,262 @@
+"""CUDA C++ attention: against the float64 reference, under many schedules of the simulator or on a Hopper GPU."""
+
+import random
+
+import pytest
+import torch
+from conftest import Where, device_kind
+from parity import assert_parity, guarded_allocations
+
+import gptkernels as gk
+from gptkernels import UnsupportedError
+from gptkernels.ops.attention import cuda_kernels, reference
+
+SEEDS = range(20)
+
+
+@pytest.fixture
+def hopper(request):
+    """Where the kernels can run; tests that take a `seed` run on that schedule."""
+    kind = device_kind(request.config)
+    where = Where(kind, 90, request.node.callspec.params.get("seed", 0) if hasattr(request.node, "callspec") else 0)
+    if kind == "interpreter":
+        pytest.skip("the interpreter runs Triton kernels only")
+    if kind == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    with where.active():
+        where.require("cuda")
+        yield where
+
+
+def leaves(where, batch, heads, kv_heads, q_len, k_len, head_dim, dtype, layout="bhtd"):
+    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), with heads or tokens outermost in memory, or as views of one tensor."""
+
+    def leaf(*shape):
+        return torch.randn(*shape).to(where.device, dtype)
+
+    if layout == "bthd":
+        tensors = (
+            leaf(batch, t, h, head_dim).mT.transpose(-1, -2).transpose(1, 2)
+            for t, h in ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads))
+        )
+    elif layout == "packed":
+        assert (heads, q_len) == (kv_heads, k_len)
+        tensors = leaf(batch, q_len, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    else:
+        tensors = (leaf(batch, h, t, head_dim) for t, h in ((q_len, heads), (k_len, kv_heads), (k_len, kv_heads)))
+    return {name: x.detach().requires_grad_() for name, x in zip("qkv", tensors, strict=True)}
+
+
+def assert_attention_parity(tensors, **kwargs):
+    return assert_parity(
+        gk.attention,
+        reference.attention,
+        tensors,
+        kwargs={"backend": "cuda", **kwargs},
+        reference_kwargs={name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()},
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_schedule(hopper, seed):
+    """Long enough for every ring to be filled three times over, and for every CTA to take several tiles."""
+    draw = random.Random(seed)
+    head_dim = (64, 128, 96, 80)[seed % 4]
+    q_len, k_len = draw.randint(400, 520), draw.randint(400, 520)
+    tensors = leaves(hopper, 1, 4, 2, q_len, k_len, head_dim, (torch.bfloat16, torch.float16)[seed // 4 % 2])
+    causal, window = ((True, None), (False, None), (True, draw.randint(2, 200)), (False, draw.randint(2, 200)))[
+        seed // 5
+    ]
+    key_start = torch.tensor([draw.randint(0, 300)], dtype=torch.int32, device=hopper.device) if seed % 3 == 0 else None
+    torch.use_deterministic_algorithms(seed % 2 == 1)
+    try:
+        assert_attention_parity(tensors, causal=causal, window=window, key_start=key_start)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 72, 80, 96, 104, 112, 128])
+def test_head_sizes(hopper, head_dim):
+    assert_attention_parity(leaves(hopper, 2, 2, 1, 150, 170, head_dim, torch.bfloat16, "bthd"))
+
+
+@pytest.mark.parametrize("head_dim", [136, 160, 192, 256])
+@pytest.mark.parametrize("window", [None, 100])
+def test_large_head_sizes_forward(hopper, head_dim, window):
+    tensors = {name: x.detach() for name, x in leaves(hopper, 1, 2, 1, 150, 300, head_dim, torch.float16).items()}
+    assert_attention_parity(tensors, window=window)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [2, 63, 64, 65, 128, 129, 1000])
+def test_windows(hopper, causal, window):
+    assert_attention_parity(leaves(hopper, 1, 1, 1, 300, 300, 64, torch.bfloat16), causal=causal, window=window)
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 1), (1, 300), (63, 111), (300, 64), (129, 128), (257, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(hopper, q_len, k_len, causal):
+    """More queries than keys: the first of them see none when causal."""
+    assert_attention_parity(leaves(hopper, 1, 2, 2, q_len, k_len, 128, torch.bfloat16), causal=causal)
+
+
+def test_one_visible_key(hopper):
+    """Its weight is 1 whatever the scores, so q and k have no gradient but for the rounding of dout * v."""
+    tensors = leaves(hopper, 1, 1, 1, 200, 200, 64, torch.bfloat16)
+    dout = torch.randn(1, 1, 200, 64).to(hopper.device, torch.bfloat16)
+    out = gk.attention(**tensors, window=1, backend="cuda")
+    assert torch.equal(out, tensors["v"])
+    dq, dk, dv = torch.autograd.grad(out, tuple(tensors.values()), dout)
+    assert torch.equal(dv, dout)
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-5
+
+
+def test_no_keys(hopper):
+    tensors = leaves(hopper, 1, 2, 2, 5, 0, 64, torch.bfloat16)
+    out = gk.attention(**tensors, backend="cuda")
+    out.sum().backward()
+    assert not out.any()
+    assert not tensors["q"].grad.any()
+
+
+@pytest.mark.parametrize("layout", ["bhtd", "bthd", "packed"])
+def test_layouts(hopper, layout):
+    tensors = leaves(hopper, 2, 3, 3, 140, 140, 64, torch.float16, layout)
+    assert_attention_parity(tensors)
+    out = gk.attention(**tensors, backend="cuda")
+    assert sorted(range(4), key=lambda i: -out.stride(i)) == sorted(range(4), key=lambda i: -tensors["q"].stride(i))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_grouped_heads(hopper, kv_heads):
+    assert_attention_parity(leaves(hopper, 2, 6, kv_heads, 140, 200, 64, torch.bfloat16), window=90)
+
+
+def test_key_start(hopper):
+    key_start = torch.tensor([0, 1, 130, 299, 300, 1000], dtype=torch.int32, device=hopper.device)
+    assert_attention_parity(leaves(hopper, 6, 1, 1, 200, 300, 64, torch.bfloat16), key_start=key_start)
+
+
+DOCUMENTS = [[100, 0, 300, 1, 129], [128, 128], [3] * 40 + [200], [500]]
+
+
+@pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
+@pytest.mark.parametrize(("head_dim", "causal", "window"), [(64, True, None), (128, True, 60), (128, False, None)])
+def test_documents(hopper, lengths, head_dim, causal, window):
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(hopper.device)
+    total = sum(lengths)
+    tensors = {
+        name: torch.randn(total, heads, head_dim).to(hopper.device, torch.bfloat16).requires_grad_()
+        for name, heads in (("q", 2), ("k", 1), ("v", 1))
+    }
+    assert_attention_parity(tensors, cu_seqlens=bounds, causal=causal, window=window)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_do_not_touch_each_other(hopper, head_dim, causal):
+    """The blocks that hold a document's end hold the next one's beginning too: its NaNs must stay there."""
+    bounds = torch.tensor([0, 100, 150, 290], dtype=torch.int32, device=hopper.device)
+
+    def run(poison):
+        torch.manual_seed(1)
+        tensors = [torch.randn(290, 2, head_dim) for _ in range(4)]
+        for x in tensors:
+            x[100:150] = poison
+        q, k, v, dout = (x.to(hopper.device, torch.bfloat16).requires_grad_() for x in tensors)
+        out = gk.attention(q, k, v, cu_seqlens=bounds, causal=causal, backend="cuda")
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+        return [torch.cat((x[:100], x[150:])).detach() for x in (out, *grads)]
+
+    for clean, beside_nan in zip(run(0.0), run(torch.nan), strict=True):
+        assert beside_nan.isfinite().all()
+        torch.testing.assert_close(beside_nan, clean)
+
+
+def test_lse_is_the_natural_logarithm(hopper):
+    q, k, v = (x.detach() for x in leaves(hopper, 1, 1, 1, 200, 150, 64, torch.float16).values())
+    with guarded_allocations():
+        out, lse = cuda_kernels.attention_fwd(q, k, v, None, None, None, True, None, 0.125, 0.0)
+    scores = (q.double() @ k.double().mT * 0.125).cpu()
+    seen = torch.ones(200, 150, dtype=torch.bool).tril(150 - 200)
+    truth = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.cpu().double(), truth, atol=1e-5, rtol=1e-5)
+    assert not out[:, :, :50].any()
+
+
+def gradients(where, deterministic, window):
+    torch.manual_seed(3)
+    q, k, v = leaves(where, 1, 2, 1, 512, 512, 64, torch.bfloat16).values()
+    dout = torch.randn(1, 2, 512, 64).to(where.device, torch.bfloat16)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return torch.autograd.grad(gk.attention(q, k, v, window=window, backend="cuda"), (q, k, v), dout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_deterministic_gradients_do_not_depend_on_the_schedule(hopper, window):
+    first = gradients(hopper, True, window)
+    for seed in range(1, 6):
+        with Where(hopper.kind, 90, seed).active():
+            for one, other in zip(first, gradients(hopper, True, window), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_key_and_value_gradients_never_depend_on_the_schedule(hopper):
+    first = gradients(hopper, False, None)
+    for seed in range(1, 4):
+        with Where(hopper.kind, 90, seed).active():
+            for one, other in zip(first[1:], gradients(hopper, False, None)[1:], strict=True):
+                assert torch.equal(one, other)
+
+
+def test_gradient_expanded_from_one_number(hopper):
+    tensors = leaves(hopper, 1, 2, 2, 70, 70, 64, torch.float16)
+    assert_attention_parity(tensors, window=9)
+    q, k, v = tensors.values()
+    out = gk.attention(q, k, v, backend="cuda")
+    ones = torch.autograd.grad(out, (q, k, v), torch.ones_like(out), retain_graph=True)
+    for one, other in zip(ones, torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_large_scores(hopper):
+    """Exponentials relative to a stale maximum must not overflow, whichever way the scores run."""
+    for ascending in (False, True):
+        tensors = leaves(hopper, 1, 1, 1, 256, 512, 64, torch.float16)
+        ramp = torch.linspace(0.1, 3, 512, device=hopper.device).flip(0 if ascending else ()).view(1, 1, -1, 1)
+        with torch.no_grad():
+            tensors["k"].mul_(ramp)
+        assert_attention_parity(tensors, causal=False, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dropout": 0.1}, "has no dropout"),
+        ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
+        ({"head_dim": 36}, "multiples of 8, not 36"),
+        ({"head_dim": 256}, "gradients for head sizes up to 128, not 256"),
+        ({"offset": 1}, "q does not start at a multiple of 16 bytes"),
+        ({"pitch": 65}, "q has a stride of 65 elements"),
+        ({"expand": True}, "q has a stride of 0 elements"),
+    ],
+)
+def test_refusals_give_their_reason(hopper, change, reason):
+    head_dim, dtype = change.get("head_dim", 64), change.get("dtype", torch.bfloat16)
+    pitch, offset = change.get("pitch", head_dim), change.get("offset", 0)
+    q = torch.zeros(8192, dtype=dtype, device=hopper.device)[offset:].as_strided(
+        (1, 2, 9, head_dim), (16 * pitch, 8 * pitch, pitch, 1), offset
+    )
+    q = q[:, :1].expand(1, 2, 9, head_dim) if change.get("expand") else q
+    k = torch.zeros(1, 2, 9, head_dim, dtype=dtype, device=hopper.device, requires_grad=True)
+    with pytest.raises(UnsupportedError, match=reason):
+        gk.attention(q, k, k, dropout=change.get("dropout", 0.0), backend="cuda")
+
+
+def test_older_gpus_are_refused():
+    with Where("simulator", 80).active():
+        q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
+        assert "needs compute capability 9.0" in cuda_kernels.unsupported(q, q, q, None, None, True, None, 0.1, 0.0)
