@@ -1,0 +1,226 @@
+"""`gptkernels check`: every op, backend and dtype against the float64 reference, on fresh random inputs."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from . import dispatch, simulator
+from .ops.attention import attention, decode_attention
+from .ops.attention import reference as attention_reference
+from .ops.dropout import draw_seed
+from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.layer_norm import reference as layer_norm_reference
+from .parity import assert_parity
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: what to make, what to run, what to compare with."""
+
+    label: str
+    op: Callable
+    reference: Callable
+    shapes: dict[str, tuple[int, ...]]  # of the random tensors, by argument name
+    kwargs: dict = field(default_factory=dict)
+    integers: dict[str, list[int]] = field(default_factory=dict)  # int32 arguments, such as cu_seqlens
+    has_gradients: bool = True
+
+    def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        return {
+            name: torch.randn(shape, device=device).to(dtype).requires_grad_(self.has_gradients)
+            for name, shape in self.shapes.items()
+        }
+
+    def run(self, backend: str, dtype: torch.dtype, device: torch.device) -> float:
+        """The share of the allowed error that was used up; ParityError above 1."""
+        tensors = self.tensors(dtype, device)
+        seed = torch.seed() % 2**31
+        reference_kwargs = dict(self.kwargs)
+        if self.kwargs.get("dropout"):
+            torch.manual_seed(seed)
+            reference_kwargs["seed"] = draw_seed(device).cpu()
+        integers = {name: torch.tensor(value, dtype=torch.int32) for name, value in self.integers.items()}
+
+        def op(**arguments):
+            torch.manual_seed(seed)
+            on_device = {name: value.to(device) for name, value in integers.items()}
+            return self.op(**arguments, **on_device, **self.kwargs, backend=backend)
+
+        def reference(**arguments):
+            return self.reference(**arguments, **integers, **reference_kwargs)
+
+        return assert_parity(op, reference, tensors)
+
+
+def layer_norm_cases(small: bool) -> Iterator[Case]:
+    sizes = [(5, 63), (3, 1600), (2, 4096)] if small else [(7, 63), (4096, 768), (1000, 1600), (333, 12288), (9, 65536)]
+    for rows, columns in sizes:
+        shapes = {"x": (rows, columns), "weight": (columns,), "bias": (columns,)}
+        yield Case(f"{rows} x {columns}", layer_norm, layer_norm_reference.layer_norm, shapes)
+
+
+def add_layer_norm_cases(small: bool) -> Iterator[Case]:
+    sizes = [(5, 111), (3, 1600)] if small else [(7, 111), (4096, 768), (1000, 1600), (333, 12288)]
+    for rows, columns in sizes:
+        shapes = {"x": (rows, columns), "residual": (rows, columns), "weight": (columns,), "bias": (columns,)}
+        for dropout in (0.0, 0.1):
+            label = f"{rows} x {columns}" + (f", dropout {dropout}" if dropout else "")
+            yield Case(
+                label,
+                add_layer_norm,
+                layer_norm_reference.add_layer_norm,
+                shapes,
+                {"dropout": dropout} if dropout else {},
+            )
+
+
+def attention_cases(small: bool) -> Iterator[Case]:
+    batch, heads, kv_heads = (1, 2, 1) if small else (2, 8, 2)
+    lengths = [(63, 63), (70, 133)] if small else [(1, 1), (111, 111), (1000, 1000), (63, 1024), (2049, 2049)]
+    head_sizes = [64, 80] if small else [40, 64, 80, 96, 128, 256]
+    for head_size in head_sizes:
+        for queries, keys in lengths:
+            shapes = {
+                "q": (batch, heads, queries, head_size),
+                "k": (batch, kv_heads, keys, head_size),
+                "v": (batch, kv_heads, keys, head_size),
+            }
+            label = f"B{batch} H{heads}/{kv_heads} T{queries}/{keys} D{head_size}"
+            variants = {"causal": {}, "window 17": {"window": 17}}
+            if head_size == 64:
+                variants |= {"full": {"causal": False}, "dropout": {"dropout": 0.1}}
+            for name, kwargs in variants.items():
+                yield Case(f"{label}, {name}", attention, attention_reference.attention, shapes, kwargs)
+    total = 100 if small else 1500
+    documents = {"cu_seqlens": [0, 1, total // 3, total // 3, total]}
+    shapes = {"q": (total, heads, 64), "k": (total, kv_heads, 64), "v": (total, kv_heads, 64)}
+    for kwargs in ({}, {"window": 20}):
+        label = f"4 documents, T{total} D64" + (", window 20" if kwargs else "")
+        yield Case(label, attention, attention_reference.attention, shapes, kwargs, documents)
+
+
+def decode_attention_cases(small: bool) -> Iterator[Case]:
+    capacity = 160 if small else 4096
+    for tokens, window in ((1, None), (1, 50), (5, None)):
+        shapes = {"q": (2, 4, tokens, 64), "k_cache": (2, 2, capacity, 64), "v_cache": (2, 2, capacity, 64)}
+        yield Case(
+            f"{tokens} of {capacity}" + (f", window {window}" if window else ""),
+            decode_attention,
+            attention_reference.decode_attention,
+            shapes,
+            {"window": window},
+            {"lengths": [capacity, capacity // 3]},
+            has_gradients=False,
+        )
+
+
+CASES = {
+    "layer_norm": layer_norm_cases,
+    "add_layer_norm": add_layer_norm_cases,
+    "attention": attention_cases,
+    "decode_attention": decode_attention_cases,
+}
+
+
+@dataclass
+class Result:
+    op: str
+    case: str
+    backend: str
+    dtype: str
+    status: str  # right, WRONG, unsupported
+    share: float | None  # of the allowed error
+    detail: str
+    seconds: float
+
+
+def check_case(name: str, case: Case, backend: str, dtype: str, device: torch.device) -> Result:
+    started = time.perf_counter()
+    share, detail = None, ""
+    try:
+        share = case.run(backend, DTYPES[dtype], device)
+        status = "right" if math.isfinite(share) else "WRONG"
+    except dispatch.UnsupportedError as error:
+        status, detail = "unsupported", str(error).splitlines()[-1].strip()
+    except Exception as error:  # a launch that fails is a finding, and the rest is still to be checked
+        status, detail = "WRONG", f"{type(error).__name__}: {error}"
+    return Result(name, case.label, backend, dtype, status, share, detail, time.perf_counter() - started)
+
+
+def resolve_device(name: str) -> tuple[str, torch.device]:
+    """auto: a GPU, else the simulator where it is installed, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu" if simulator.unavailable() else "simulator"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("gptkernels: --device cuda: torch sees no GPU (try --device simulator, or cpu)")
+    if name == "simulator" and simulator.unavailable():
+        raise SystemExit(f"gptkernels: --device simulator: {simulator.unavailable()}")
+    return name, torch.device("cuda" if name == "cuda" else "cpu")
+
+
+def run(ops: list[str] | None, device_name: str, seed: int | None, json_path: str | None) -> int:
+    """Prints a table; returns 1 if anything was wrong."""
+    device_name, device = resolve_device(device_name)
+    seed = torch.seed() % 2**31 if seed is None else seed
+    console = Console()
+    jobs = [
+        (name, case, backend, dtype)
+        for name in ops or CASES
+        for case in CASES[name](small=device_name != "cuda")
+        for backend in (dispatch.BACKENDS if device_name != "cpu" else ("eager",))
+        for dtype in DTYPES
+    ]
+    results = []
+    place = simulator.use(arch=90, seed=seed) if device_name == "simulator" else nullcontext()
+    with place:
+        for index, job in enumerate(track(jobs, f"checking on {device_name}", console=console)):
+            torch.manual_seed(seed + index)
+            results.append(check_case(*job, device))
+    print_results(console, results)
+    wrong = sum(result.status == "WRONG" for result in results)
+    right = sum(result.status == "right" for result in results)
+    console.print(
+        f"{right} right, {wrong} wrong, {len(results) - right - wrong} unsupported "
+        f"on {torch.cuda.get_device_name() if device.type == 'cuda' else device_name} (--seed {seed})"
+    )
+    if json_path:
+        with open(json_path, "w") as file:
+            json.dump({"device": device_name, "seed": seed, "results": [asdict(r) for r in results]}, file, indent=1)
+    return 1 if wrong or not right else 0
+
+
+def print_results(console: Console, results: list[Result]) -> None:
+    """One row per op, case and backend; a column per dtype with the error over the allowed error."""
+    table = Table(title="largest error over allowed error (must be at most 1)")
+    for column in ("op", "case", "backend"):
+        table.add_column(column)
+    for dtype in DTYPES:
+        table.add_column(dtype, justify="right")
+    rows: dict[tuple, dict[str, Result]] = {}
+    for result in results:
+        rows.setdefault((result.op, result.case, result.backend), {})[result.dtype] = result
+    for key, cells in rows.items():
+        table.add_row(*key, *(cell(result) for result in cells.values()))
+    console.print(table)
+    for result in results:
+        if result.status == "WRONG":
+            console.print(f"[red]{result.op} ({result.case}, {result.backend}, {result.dtype}): {result.detail}")
+    for op, backend, reason in dict.fromkeys((r.op, r.backend, r.detail) for r in results if r.status == "unsupported"):
+        console.print(f"[dim]{op}: {reason if reason.startswith(backend) else f'{backend}: {reason}'}")
+
+
+def cell(result: Result) -> str:
+    if result.status == "unsupported":
+        return "[dim]-"
+    return f"[green]{result.share:.2f}" if result.status == "right" else "[bold red]WRONG"

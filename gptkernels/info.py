@@ -1,0 +1,110 @@
+"""`gptkernels info`: versions, hardware, and which backend of which op runs here, or why not."""
+
+import json
+import platform
+import subprocess
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, cuda_build, cuda_library, dispatch, simulator
+from .ops.attention import attention
+from .ops.layer_norm import add_layer_norm, layer_norm
+
+
+def module_version(name: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    try:
+        result = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.split("\n")[0].strip() or None if result.returncode == 0 else None
+
+
+def gpu_facts(index: int) -> dict:
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def samples(device: torch.device) -> dict:
+    """A small ordinary call of each op: (op, arguments)."""
+    x, weight = torch.zeros(2, 64, device=device, dtype=torch.bfloat16), torch.zeros(64, device=device)
+    q = torch.zeros(1, 2, 16, 64, device=device, dtype=torch.bfloat16)
+    return {
+        "layer_norm": (layer_norm, (x, weight)),
+        "add_layer_norm": (add_layer_norm, (x, x, weight)),
+        "attention": (attention, (q, q, q)),
+    }
+
+
+def backends(device: torch.device) -> dict[str, dict[str, str]]:
+    """op -> backend -> "available" or the reason why it is not."""
+    found = {}
+    for name, (op, arguments) in samples(device).items():
+        choices = {backend: dispatch.explain(op, *arguments, backend=backend) for backend in dispatch.BACKENDS}
+        found[name] = {
+            backend: "available" if choice.backend else choice.reasons[backend] for backend, choice in choices.items()
+        }
+    return found
+
+
+def gather() -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    nvcc = cuda_build.find_nvcc()
+    return {
+        "gptkernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": module_version("triton"),
+        "nvcc": f"{cuda_build.toolkit_version(nvcc)} ({nvcc})" if nvcc else None,
+        "driver": driver_version(),
+        "gpus": [gpu_facts(i) for i in range(torch.cuda.device_count())],
+        "cuda_library": cuda_library.missing() or f"built for {cuda_library.load().archs.replace('.', ', ')}",
+        "simulator": simulator.unavailable() or "installed",
+        "ops": backends(device),
+    }
+
+
+def run(as_json: bool) -> int:
+    facts = gather()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name == "gpus":
+            value = "; ".join(f"{g['name']} (sm_{g['compute_capability'].replace('.', '')})" for g in value)
+            value = value or "none that torch sees"
+        if name != "ops":
+            table.add_row(name.replace("_", " "), str(value or "not found"))
+    console.print(table)
+    ops = Table("op", *dispatch.BACKENDS, title="backends")
+    for op, reasons in facts["ops"].items():
+        ops.add_row(op, *(f"[green]{r}" if r == "available" else f"[dim]{r}" for r in reasons.values()))
+    console.print(ops)
+    if not facts["nvcc"] and cuda_library.missing():
+        console.print("For the CUDA backend: install the CUDA toolkit (nvcc), then run: gptkernels build")
+    elif cuda_library.missing() and facts["gpus"]:
+        console.print("For the CUDA backend: run gptkernels build")
+    return 0
