@@ -104,7 +104,9 @@ def run(as_json: bool) -> int:
         ops.add_row(op, *(f"[green]{r}" if r == "available" else f"[dim]{r}" for r in reasons.values()))
     console.print(ops)
     if not facts["nvcc"] and cuda_library.missing():
-        console.print("For the CUDA backend: install the CUDA toolkit (nvcc), then run: gptkernels build")
+        console.print(
+            "For the CUDA backend: install the CUDA toolkit (nvcc), then run: gptkernels build", soft_wrap=True
+        )
     elif cuda_library.missing() and facts["gpus"]:
-        console.print("For the CUDA backend: run gptkernels build")
+        console.print("For the CUDA backend: run gptkernels build", soft_wrap=True)
     return 0
