@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--json", help="write every timing there")
     options = parser.parse_args()
     timings, best = [], {"FWD_LAUNCH": {}, "BWD_LAUNCH": {}}
-    for name, columns in ((name, columns) for name in best for columns in getattr(triton_kernels, name)):
+    rows_to_tune = [(name, columns) for name in best for columns in getattr(triton_kernels, name)]
+    for name, columns in rows_to_tune:
         x, residual, dy = torch.randn(3, BYTES // (2 * columns), columns, device="cuda", dtype=torch.bfloat16)
         weight, bias = torch.randn(2, columns, device="cuda", dtype=torch.bfloat16)
         _, h, mean, rstd = triton_kernels.layer_norm_fwd(x, residual, weight, bias, None, 1e-5, 0.0)

@@ -39,11 +39,11 @@ def candidates(op: str, device, backend: str) -> tuple[str, ...]:
 
 def choose(op: str, backends: dict[str, ModuleType], backend: str, device, args: tuple) -> Choice:
     """args: what every backend's unsupported() takes."""
-    if backend not in ("auto", *backends):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *backends))}, not {backend!r}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, not {backend!r}")
     reasons = {}
     for name in candidates(op, device, backend):
-        reason = backends[name].unsupported(*args)
+        reason = backends[name].unsupported(*args) if name in backends else f"{op} has no such kernels"
         if reason is None:
             return Choice(op, name, reasons)
         reasons[name] = reason
