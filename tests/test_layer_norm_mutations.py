@@ -108,7 +108,7 @@ def is_right(folder: Path, module: ptxemu.Module, seed: int) -> bool:
             "rows": ROWS,
             "columns": COLUMNS,
             "x_stride": COLUMNS,
-            "eps": 1e-5,
+            "eps": EPS,
             "keep_scale": 1,
             "weight_is_float": True,
         },
