@@ -161,7 +161,6 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
             }
         }
     }
-    bulk_wait();
 }
 
 template <class T, int HeadDim>

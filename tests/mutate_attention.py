@@ -1,0 +1,127 @@
+"""Removes each wait, fence, barrier and arrival from the CUDA attention kernels, one at a time, and sees that the
+simulator catches it: `python tests/mutate_attention.py [attention_fwd_kernel.cuh ...]`, a quarter of an hour."""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from attention_build import Builder, using
+
+import gptkernels as gk
+from gptkernels import cuda_build, simulator
+from gptkernels.ops.attention import reference
+from gptkernels.parity import assert_parity
+
+FILES = ("attention_fwd_kernel.cuh", "attention_bwd_kernel.cuh", "attention_tile.cuh", "attention_bwd_passes.cuh")
+STATEMENT = re.compile(
+    r"\b(mbarrier_wait|mbarrier_arrive|arrive|mbarrier_arrive_expect|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
+    r"fence_async_proxy|fence_async_proxy_global|named_barrier_sync|named_barrier_arrive|bulk_wait_read|bulk_wait|"
+    r"bulk_commit|release_k|release_v|wait_turn|pass_turn|red_release_add|__syncthreads)\([^;{}]*\);"
+)
+# What may go without a wrong result, by the line it is in, and why.
+HARMLESS = {
+    "wait_turn();": "the warpgroups' turns are for speed",
+    "named_barrier_sync(kTurn + group, 2 * kWarpgroup);": "the warpgroups' turns are for speed",
+    "fence_async_proxy_global();": "the simulator orders the proxies in global memory",
+}
+SEEDS = range(8)
+TIMEOUT_S = 120
+
+
+def mutants(file: str) -> list[tuple[int, str, str]]:
+    """-> line number, what was removed, the file's text without it"""
+    text = (cuda_build.source_directory() / "attention" / file).read_text()
+    return [
+        (text.count("\n", 0, match.start()) + 1, match.group(), f"{text[: match.start()]};{text[match.end() :]}")
+        for match in STATEMENT.finditer(text)
+    ]
+
+
+def check(tensors: dict[str, torch.Tensor], deterministic: bool = False, **kwargs) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    assert_parity(
+        gk.attention, reference.attention, tensors, kwargs={"backend": "cuda", **kwargs}, reference_kwargs=kwargs
+    )
+
+
+def leaves(heads: int, tokens: int, head_dim: int, grad: bool, packed: bool = False) -> dict[str, torch.Tensor]:
+    shapes = [(tokens, h, head_dim) if packed else (1, h, tokens, head_dim) for h in (heads, heads // 2, heads // 2)]
+    return {name: torch.randn(shape).bfloat16().requires_grad_(grad) for name, shape in zip("qkv", shapes, strict=True)}
+
+
+def poisoned(head_dim: int, grad: bool) -> None:
+    """Two documents with NaNs between them."""
+    bounds = torch.tensor([0, 100, 150, 290], dtype=torch.int32)
+    tensors = leaves(2, 290, head_dim, False, packed=True)
+    dout = torch.randn(290, 2, head_dim).bfloat16()
+    for x in (*tensors.values(), dout):
+        x[100:150] = torch.nan
+    for x in tensors.values():
+        x.requires_grad_(grad)
+    out = gk.attention(**tensors, cu_seqlens=bounds, backend="cuda")
+    results = (out, *torch.autograd.grad(out, tuple(tensors.values()), dout)) if grad else (out,)
+    for x in results:
+        assert torch.cat((x[:100], x[150:])).isfinite().all()
+
+
+def run_cases(library: Path) -> None:
+    """Enough tiles for each CTA to take several, and enough blocks in each to go round its rings."""
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        with using(library), simulator.use(arch=90, seed=seed):
+            check(leaves(4, 420, 64, True))
+            check(leaves(2, 420, 128, True), deterministic=True)
+            check(leaves(4, 330, 256, False), window=200)
+            poisoned(64, True)
+            poisoned(128, True)
+
+
+def survives(library: Path) -> bool:
+    """Whether all cases pass, in a process of their own: a hang counts as caught."""
+
+    def run():
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        run_cases(library)
+        os._exit(0)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(TIMEOUT_S)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return False
+    return child.exitcode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", default=FILES)
+    files = parser.parse_args().files
+    caught, harmless, missed = 0, 0, []
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+        builder = Builder(Path(folder))
+        if not survives(builder.build("unchanged", {})):
+            sys.exit("the kernels fail without any change")
+        for file in files:
+            for line, removed, text in mutants(file):
+                lives = survives(builder.build(f"{Path(file).stem}_{line}", {file: text}))
+                reason = HARMLESS.get(removed)
+                caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
+                if lives and not reason:
+                    missed.append(f"{file}:{line}: {removed}")
+                verdict = "caught" if not lives else f"harmless: {reason}" if reason else "MISSED"
+                print(f"{file}:{line}: {' '.join(removed.split())}  {verdict}", flush=True)
+    print(f"{caught} caught, {harmless} harmless, {len(missed)} missed", *missed, sep="\n")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What the compiler made of the CUDA attention kernels, and what they execute: registers, instructions, bytes."""
+
+import re
+import subprocess
+from functools import cache
+
+import pytest
+import torch
+from attention_build import Builder, using
+from compile_gate import tool
+
+import gptkernels as gk
+from gptkernels import cuda_build, cuda_library, simulator
+from gptkernels.ops.attention import cuda_kernels
+
+# Warp instructions per thousand tensor-core FLOPs of FlashAttention-3's own kernels, counted in the same simulator
+# (one head of 128, causal): beyond 0.98 an H100 cannot issue them as fast as its tensor cores multiply.
+FLASH_ATTENTION_3 = {("fwd", 1024): 0.748, ("fwd", 2048): 0.677, ("bwd", 512): 0.665, ("bwd", 1024): 0.616}
+
+
+@cache
+def library_listing(what: str) -> str:
+    path = cuda_library.load().__file__
+    return subprocess.run([str(tool("cuobjdump")), what, path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def library():
+    reason = simulator.cuda_unavailable()
+    if reason and not cuda_build.find_nvcc():
+        pytest.skip(reason)
+    return cuda_library.load()
+
+
+def kernels(listing: str, mark: str) -> dict[str, str]:
+    """The parts of a listing by mangled kernel name, of the attention kernels."""
+    parts = re.split(rf"{mark}\s*(_Z\w*)", listing)
+    return {name: part for name, part in zip(parts[1::2], parts[2::2], strict=True) if "attention" in name}
+
+
+def test_no_kernel_spills(library):
+    resources = kernels(library_listing("--dump-resource-usage"), "Function")
+    assert len(resources) >= 16
+    for name, text in resources.items():
+        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
+        assert used["STACK"] == 0, name
+        assert used["LOCAL"] == 0, name
+        # Launched with what all threads can have alike; setmaxnreg then moves registers to those that multiply.
+        limit = 168 if re.search(r"attention_[fb]wd_kernel", name) else 64
+        assert used["REG"] <= limit, name
+
+
+def test_the_instructions_that_are_meant(library):
+    sass = kernels(library_listing("--dump-sass"), r"Function :")
+    main = {name: text for name, text in sass.items() if re.search(r"attention_[fb]wd_kernel", name)}
+    assert len(main) >= 12
+    for name, text in main.items():
+        for instruction in ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "SYNCS"):
+            assert re.search(rf"\b{instruction}", text), f"{name} has no {instruction}"
+        assert not re.search(r"\b(LDL|STL|HMMA)\b", text), name
+        # Every product but the first of a group follows without a wait: one that ptxas serialised would not.
+        multiplies = len(re.findall(r"\bHGMMA", text))
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) * 3 < multiplies, name
+
+
+@pytest.fixture(scope="module")
+def main_kernel_last(tmp_path_factory):
+    """The library without the pass that follows the backward pass's main kernel, so that it is the last one counted."""
+    if simulator.unavailable() or not cuda_build.find_nvcc():
+        pytest.skip("needs the simulator and nvcc")
+    file = "attention_bwd_passes.cuh"
+    text = (cuda_build.source_directory() / "attention" / file).read_text()
+    edited, count = re.subn(r"attention_bwd_end_kernel<T, HeadDim><<<[^;]*;", ";", text)
+    assert count == 1
+    return Builder(tmp_path_factory.mktemp("build")).build("main_last", {file: edited})
+
+
+def counters():
+    import ptxemu.cuda
+
+    with ptxemu.cuda.use() as device:
+        return device.last_stats()
+
+
+@pytest.mark.parametrize(("direction", "tokens"), FLASH_ATTENTION_3)
+def test_executes_no_more_than_flash_attention_3(main_kernel_last, direction, tokens):
+    q, k, v = (torch.randn(1, 1, tokens, 128).bfloat16() for _ in range(3))
+    options = (None, None, None, True, None, 128**-0.5, 0.0)
+    with using(main_kernel_last), simulator.use(arch=90):
+        out, lse = cuda_kernels.attention_fwd(q, k, v, *options)
+        if direction == "bwd":
+            cuda_kernels.attention_bwd(torch.randn_like(q), q, k, v, out, lse, *options, False)
+        stats = counters()
+    assert stats.warp_instructions / stats.tensor_flops * 1e3 <= FLASH_ATTENTION_3[direction, tokens]
+    assert stats.shared_wavefronts == stats.shared_ideal_wavefronts
+    assert stats.local_bytes == 0
+
+    m, n, products = (128, 128, 2) if direction == "fwd" else (64, 128, 5)
+    tiles = sum(1 for i in range(0, tokens, m) for j in range(0, tokens, n) if j < i + m)
+    assert stats.tensor_flops == products * 2 * m * n * 128 * tiles
+    # Of every tile: K and V once per block of queries; or Q, dout and their statistics once per block of keys.
+    rows = tokens * 128 * 2
+    loads = 2 * n * 128 * 2 * tiles + rows if direction == "fwd" else (2 * m * 128 * 2 + 8 * m) * tiles + 2 * rows
+    stores = rows if direction == "fwd" else m * 128 * 4 * tiles + 2 * rows
+    assert stats.tma_load_bytes == loads
+    assert stats.tma_store_bytes == stores
