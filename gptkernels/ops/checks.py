@@ -39,3 +39,8 @@ def check_number(name: str, value, *, above: float = -math.inf, at_least: float 
         bounds = [f"> {above}"] * (above > -math.inf) + [f">= {at_least}"] * (at_least > -math.inf)
         bounds += [f"< {below}"] * (below < math.inf)
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")
+
+
+def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

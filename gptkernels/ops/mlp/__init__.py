@@ -1,0 +1,3 @@
+from .op import MlpFunction, mlp
+
+__all__ = ["MlpFunction", "mlp"]

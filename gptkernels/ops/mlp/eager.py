@@ -1,0 +1,92 @@
+"""The MLP with PyTorch's own kernels: every device and dtype, and what the others are measured against."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...torch_library import torch_op
+from .outputs import bwd_outputs, fwd_outputs
+
+FORWARD = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square_(),
+    "silu": F.silu,
+}
+BACKWARD = {
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "gelu": torch.ops.aten.gelu_backward,
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
+    "relu2": lambda grad, x: F.relu(x).mul_(2).mul_(grad),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: (M, K), weight: (N, K), bias: (N,) -> (M, N)"""
+    return x @ weight.mT if bias is None else torch.addmm(bias, x, weight.mT)
+
+
+@torch_op(fake=fwd_outputs)
+def mlp_fwd(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (M, d), fc_weight: (hidden, d), proj_weight: (d_out, hidden) -> out: (M, d_out), preact, act: (M, hidden)"""
+    preact = linear(x, fc_weight, fc_bias)
+    act = FORWARD[activation](preact)
+    out = linear(act, proj_weight, proj_bias)
+    if residual is not None:
+        out += residual
+    none = x.new_empty(0)
+    return out, none if save == "input" else preact, act if save == "all" else none
+
+
+@torch_op(fake=bwd_outputs)
+def mlp_bwd(
+    dout: Tensor,
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    preact: Tensor,
+    act: Tensor,
+    activation: str,
+    save: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
+    none = x.new_empty(0)
+    if save == "input":
+        preact = linear(x, fc_weight, fc_bias)
+    grad_proj_weight = none
+    if needs_proj_weight:
+        grad_proj_weight = dout.mT @ (act if save == "all" else FORWARD[activation](preact))
+    grad_proj_bias = column_sum(dout) if needs_proj_bias else none
+    if not (needs_x or needs_fc_weight or needs_fc_bias):
+        return none, none, none, grad_proj_weight, grad_proj_bias
+    grad_preact = BACKWARD[activation](dout @ proj_weight, preact)
+    return (
+        grad_preact @ fc_weight if needs_x else none,
+        grad_preact.mT @ x if needs_fc_weight else none,
+        column_sum(grad_preact) if needs_fc_bias else none,
+        grad_proj_weight,
+        grad_proj_bias,
+    )
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """(M, N) -> (N,), accumulated in float32"""
+    return x.sum(0, dtype=torch.float32).to(x.dtype)

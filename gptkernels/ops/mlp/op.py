@@ -1,0 +1,89 @@
+"""The MLP of a transformer block: linear, activation, linear, with what backward needs chosen by the caller."""
+
+import torch
+from torch import Tensor
+
+from ...dispatch import select
+from ...torch_library import first_order_only
+from .. import checks
+from ..autocast import autocast
+from ..layer_norm.op import as_rows
+from . import eager, triton_kernels
+
+BACKENDS = {"triton": triton_kernels, "eager": eager}
+ACTIVATIONS = tuple(eager.FORWARD)
+SAVE = ("all", "preact", "input")
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+    residual: Tensor | None = None,
+    save: str = "preact",
+    backend: str = "auto",
+) -> Tensor:
+    """activation(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias (+ residual)
+
+    x: (..., d), fc_weight: (hidden, d), fc_bias: (hidden,), proj_weight: (d_out, hidden), proj_bias: (d_out,),
+    residual: (..., d_out) -> (..., d_out). Biases may be None.
+    activation: gelu_tanh (GPT-2's), gelu (exact), relu, relu2 (squared), silu.
+    save: what is kept for backward beside x: "all" (the hidden layer before and after the activation), "preact" (only
+        before), "input" (neither: the first product is computed again).
+    float32 products follow torch.get_float32_matmul_precision(). Under autocast everything is cast to its dtype. An x
+    whose rows are not evenly spaced, or whose last dimension is not contiguous, is copied once.
+    """
+    x, fc_weight, fc_bias, proj_weight, proj_bias, residual = autocast(
+        x, fc_weight, fc_bias, proj_weight, proj_bias, residual
+    )
+    check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual)
+    checks.check_choice("activation", activation, ACTIVATIONS)
+    checks.check_choice("save", save, SAVE)
+    kernels = select("mlp", BACKENDS, backend, x.device, (x, fc_weight, proj_weight, residual))
+    rows = None if residual is None else as_rows(residual)
+    parameters = [None if p is None else p.contiguous() for p in (fc_weight, fc_bias, proj_weight, proj_bias)]
+    out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save)
+    return out.view(*x.shape[:-1], proj_weight.shape[0])
+
+
+class MlpFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save):
+        out, preact, act = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
+        ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, preact, act)
+        ctx.kernels, ctx.options = kernels, (activation, save)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, fc_weight, fc_bias, proj_weight, preact, act = ctx.saved_tensors
+        dout, needs = as_rows(dout), list(ctx.needs_input_grad[1:6])
+        grads = ctx.kernels.mlp_bwd(dout, x, fc_weight, fc_bias, proj_weight, preact, act, *ctx.options, needs)
+        grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        grads.append(dout if ctx.needs_input_grad[6] else None)
+        sources = (dout, x, fc_weight, fc_bias, proj_weight)
+        return None, *first_order_only("mlp", tuple(grads), sources), None, None
+
+
+def check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual) -> None:
+    checks.check_tensor("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have a last dimension of at least 1, not shape {tuple(x.shape)}")
+    for name, weight in (("fc_weight", fc_weight), ("proj_weight", proj_weight)):
+        checks.check_tensor(name, weight, dtypes=(x.dtype,), ndim=2, device=x.device)
+        if weight.numel() == 0:
+            raise ValueError(f"{name} must not be empty, but has shape {tuple(weight.shape)}")
+    hidden, out = fc_weight.shape[0], proj_weight.shape[0]
+    checks.check_shape("fc_weight", fc_weight, (hidden, x.shape[-1]), "(hidden, x's last dimension)")
+    checks.check_shape("proj_weight", proj_weight, (out, hidden), "(out, fc_weight's first dimension)")
+    for name, bias, size in (("fc_bias", fc_bias, hidden), ("proj_bias", proj_bias, out)):
+        if bias is not None:
+            checks.check_tensor(name, bias, dtypes=(x.dtype,), device=x.device)
+            checks.check_shape(name, bias, (size,), "the first dimension of its weight")
+    if residual is not None:
+        checks.check_tensor("residual", residual, dtypes=(x.dtype,), device=x.device)
+        checks.check_shape("residual", residual, (*x.shape[:-1], out), "the output's shape")

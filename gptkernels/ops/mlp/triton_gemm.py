@@ -1,0 +1,201 @@
+"""Matrix products in Triton whose epilogues do the rest of the MLP: persistent, TMA where there is one."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """x: float32"""
+    if ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is sigmoid(2 u)
+        return x * sigmoid(2.0 * SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x))
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0.0, 0.0, x * x)
+    elif ACTIVATION == "silu":
+        return x * sigmoid(x)
+    else:
+        return x
+
+
+@triton.jit
+def activate_and_slope(x, ACTIVATION: tl.constexpr):
+    """x: float32 -> activation(x), activation'(x)"""
+    if ACTIVATION == "gelu_tanh":
+        s = sigmoid(2.0 * SQRT_2_OVER_PI * x * (1.0 + CUBIC * x * x))
+        inner = 2.0 * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
+        return x * s, s + x * s * (1.0 - s) * inner
+    elif ACTIVATION == "gelu":
+        phi = 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
+        return x * phi, phi + x * INV_SQRT_2_PI * tl.exp2(-0.5 * LOG2_E * x * x)
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu2":
+        return tl.where(x < 0.0, 0.0, x * x), tl.where(x < 0.0, 0.0, 2.0 * x)
+    else:
+        s = sigmoid(x)
+        return x * s, s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def load_tile(
+    source,  # (rows, columns): a TMA descriptor, or a pointer to rows `stride` apart
+    row,
+    column,
+    rows,
+    columns,
+    stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """-> (BLOCK_ROWS, BLOCK_COLUMNS) from (row, column) on, zeros outside"""
+    if TMA:
+        return source.load([row, column])
+    else:
+        r = row + tl.arange(0, BLOCK_ROWS)
+        c = column + tl.arange(0, BLOCK_COLUMNS)
+        mask = (r < rows)[:, None] & (c < columns)[None, :]
+        return tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def tile_corner(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """-> row and column of a tile. GROUP_M tiles below each other come first, so that their operands stay in L2."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = tile // tiles_in_group * GROUP_M
+    group_m = min(tiles_m - first_m, GROUP_M)
+    return (first_m + tile % group_m) * BLOCK_M, tile % tiles_in_group // group_m * BLOCK_N
+
+
+@triton.jit
+def product_tile(
+    a,  # (M, K)
+    b,  # (N, K), or (K, N) unless B_ROWS_ARE_N
+    m,
+    n,
+    M,
+    N,
+    K,
+    a_stride,
+    b_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    B_ROWS_ARE_N: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """-> (BLOCK_M, BLOCK_N) of a @ b at (m, n), float32"""
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a_tile = load_tile(a, m, k, M, K, a_stride, BLOCK_M, BLOCK_K, TMA)
+        if B_ROWS_ARE_N:
+            b_tile = load_tile(b, n, k, N, K, b_stride, BLOCK_N, BLOCK_K, TMA).T
+        else:
+            b_tile = load_tile(b, k, n, K, N, b_stride, BLOCK_K, BLOCK_N, TMA)
+        total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def mlp_fwd_kernel(
+    x,  # (M, K)
+    weight,  # (N, K)
+    bias_ptr,  # (N,) or unused
+    residual_ptr,  # (M, N), rows residual_stride apart, or unused
+    preact_ptr,  # (M, N) or unused: x @ weight.T + bias
+    out_ptr,  # (M, N): activation(preact) + residual
+    M,
+    N,
+    K,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_PREACT: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        m, n = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        total = product_tile(
+            x, weight, m, n, M, N, K, x_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, True, TMA, PRECISION
+        )
+        row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        column = (n + tl.arange(0, BLOCK_N))[None, :]
+        mask = (row < M) & (column < N)
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+        if HAS_PREACT:
+            tl.store(preact_ptr + row * N + column, total.to(preact_ptr.dtype.element_ty), mask=mask)
+        out = activate(total, ACTIVATION)
+        if HAS_RESIDUAL:
+            out += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row * N + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def mlp_bwd_kernel(
+    dout,  # (M, K)
+    weight,  # (K, N)
+    preact_ptr,  # (M, N)
+    act_ptr,  # (M, N) or unused: activation(preact), once more
+    grad_ptr,  # (M, N): dout @ weight * activation'(preact)
+    partials_ptr,  # (tiles along M, N) float32 or unused: column sums of grad over each tile's rows
+    M,
+    N,
+    K,
+    dout_stride,
+    weight_stride,
+    ACTIVATION: tl.constexpr,
+    HAS_ACT: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        m, n = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        total = product_tile(
+            dout, weight, m, n, M, N, K, dout_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, False, TMA, PRECISION
+        )
+        row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        column = (n + tl.arange(0, BLOCK_N))[None, :]
+        mask = (row < M) & (column < N)
+        preact = tl.load(preact_ptr + row * N + column, mask=mask, other=0.0).to(tl.float32)
+        act, slope = activate_and_slope(preact, ACTIVATION)
+        if HAS_ACT:
+            tl.store(act_ptr + row * N + column, act.to(act_ptr.dtype.element_ty), mask=mask)
+        # Rounded first, so that the bias's gradient is the sum of the very numbers that the others are made from.
+        grad = (total * slope).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + row * N + column, grad, mask=mask)
+        if HAS_PARTIALS:
+            sums = tl.sum(grad.to(tl.float32), axis=0)
+            column = n + tl.arange(0, BLOCK_N)
+            tl.store(partials_ptr + (m // BLOCK_M).to(tl.int64) * N + column, sums, mask=column < N)

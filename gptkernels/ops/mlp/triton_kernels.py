@@ -1,0 +1,253 @@
+"""The MLP with Triton: products with fused epilogues, or cuBLAS and one fused pointwise pass, whichever is faster."""
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ... import hardware
+from ...torch_library import torch_op
+from .eager import column_sum, linear
+from .outputs import bwd_outputs, fwd_outputs
+from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
+from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
+
+# arch -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit types, from benchmarks/tune_mlp.py.
+GEMM_LAUNCH = {
+    80: (128, 128, 32, 4, 4),
+    89: (128, 128, 32, 4, 3),
+    90: (128, 256, 64, 8, 3),
+    100: (128, 256, 64, 8, 3),
+}
+# The same for float32 on every arch, and for 16-bit types with few rows.
+FLOAT_LAUNCH = (64, 64, 32, 4, 3)
+FEW_ROWS_LAUNCH = (64, 128, 64, 4, 3)
+FEW_ROWS = 256
+GROUP_M = 8
+POINTWISE_LAUNCH = {"BLOCK": 2048, "num_warps": 8}
+POINTWISE_BWD_LAUNCH = {"ROWS": 128, "BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 8}
+
+# arch -> the widest d at which the fused epilogue is faster than cuBLAS and a pointwise pass. What it can win shrinks
+# as 266 / d of the products' time; what a product loses against cuBLAS does not.
+FUSED_UP_TO = {80: 1024, 89: 1024, 90: 2048, 100: 1024}
+
+
+def nearest(table: dict, arch: int):
+    """The row of the newest arch that is not newer than this one."""
+    return table[max((known for known in table if known <= arch), default=min(table))]
+
+
+def is_fused(x: Tensor, fc_weight: Tensor) -> bool:
+    return x.shape[1] <= nearest(FUSED_UP_TO, hardware.arch(x.device))
+
+
+def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
+    return hardware.triton_unsupported(x.device)
+
+
+def describe(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str:
+    return "fused epilogues" if is_fused(x, fc_weight) else "cuBLAS and a fused pointwise pass"
+
+
+def gemm_launch(a: Tensor, rows: int) -> dict:
+    if a.dtype == torch.float32:
+        row = FLOAT_LAUNCH
+    else:
+        row = FEW_ROWS_LAUNCH if rows <= FEW_ROWS else nearest(GEMM_LAUNCH, hardware.arch(a.device))
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return {**dict(zip(names, row, strict=True)), "GROUP_M": GROUP_M}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of a product of float32, as torch.set_float32_matmul_precision asks."""
+    return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def takes_tma(*matrices: Tensor) -> bool:
+    """Whether TMA can address them: Hopper on, 16-byte aligned starts and rows."""
+    return hardware.arch(matrices[0].device) >= 90 and all(
+        m.data_ptr() % 16 == 0 and m.stride(0) * m.element_size() % 16 == 0 and m.stride(1) == 1 for m in matrices
+    )
+
+
+def operand(matrix: Tensor, tma: bool, rows: int, columns: int):
+    """What load_tile takes for `matrix`."""
+    return TensorDescriptor(matrix, matrix.shape, matrix.stride(), [rows, columns]) if tma else matrix
+
+
+def gemm_grid(launch: dict, M: int, N: int, device: torch.device) -> tuple[int]:
+    return (min(hardware.sm_count(device), triton.cdiv(M, launch["BLOCK_M"]) * triton.cdiv(N, launch["BLOCK_N"])),)
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    preact: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """out: (M, N) = activation(x @ weight.T + bias) + residual; preact: (M, N) = x @ weight.T + bias.
+    x: (M, K), weight: (N, K), bias: (N,), residual: (M, N)"""
+    (M, K), N = x.shape, weight.shape[0]
+    launch, tma = gemm_launch(x, M), takes_tma(x, weight)
+    with hardware.on_device(x.device):
+        mlp_fwd_kernel[gemm_grid(launch, M, N, x.device)](
+            operand(x, tma, launch["BLOCK_M"], launch["BLOCK_K"]),
+            operand(weight, tma, launch["BLOCK_N"], launch["BLOCK_K"]),
+            weight if bias is None else bias,
+            out if residual is None else residual,
+            out if preact is None else preact,
+            out,
+            M,
+            N,
+            K,
+            x.stride(0),
+            weight.stride(0),
+            0 if residual is None else residual.stride(0),
+            ACTIVATION=activation,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_PREACT=preact is not None,
+            TMA=tma,
+            PRECISION=precision(x.dtype),
+            **launch,
+        )
+
+
+def fused_grad_preact(
+    dout: Tensor, proj_weight: Tensor, preact: Tensor, activation: str, act: Tensor | None, wants_partials: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> dout @ proj_weight * activation'(preact): (M, N), and its column sums in parts: (P, N). act: (M, N) is filled.
+    dout: (M, K), proj_weight: (K, N), preact: (M, N)"""
+    (M, K), N = dout.shape, proj_weight.shape[1]
+    launch, tma = gemm_launch(dout, M), takes_tma(dout, proj_weight)
+    grad = torch.empty((M, N), dtype=dout.dtype, device=dout.device)
+    parts = (triton.cdiv(M, launch["BLOCK_M"]), N)
+    partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None
+    with hardware.on_device(dout.device):
+        mlp_bwd_kernel[gemm_grid(launch, M, N, dout.device)](
+            operand(dout, tma, launch["BLOCK_M"], launch["BLOCK_K"]),
+            operand(proj_weight, tma, launch["BLOCK_K"], launch["BLOCK_N"]),
+            preact,
+            grad if act is None else act,
+            grad,
+            grad if partials is None else partials,
+            M,
+            N,
+            K,
+            dout.stride(0),
+            proj_weight.stride(0),
+            ACTIVATION=activation,
+            HAS_ACT=act is not None,
+            HAS_PARTIALS=wants_partials,
+            TMA=tma,
+            PRECISION=precision(dout.dtype),
+            **launch,
+        )
+    return grad, partials
+
+
+def pointwise_activation(preact: Tensor, activation: str, act: Tensor) -> None:
+    """act = activation(preact), both contiguous"""
+    grid = (triton.cdiv(preact.numel(), POINTWISE_LAUNCH["BLOCK"]),)
+    with hardware.on_device(preact.device):
+        activation_fwd_kernel[grid](preact, act, preact.numel(), ACTIVATION=activation, **POINTWISE_LAUNCH)
+
+
+def pointwise_grad_preact(
+    grad: Tensor, preact: Tensor, activation: str, act: Tensor | None, wants_partials: bool
+) -> Tensor | None:
+    """grad: (M, N) is multiplied by activation'(preact) in place -> its column sums in parts: (P, N). act is filled."""
+    M, N = grad.shape
+    grid = (triton.cdiv(M, POINTWISE_BWD_LAUNCH["ROWS"]), triton.cdiv(N, POINTWISE_BWD_LAUNCH["BLOCK_N"]))
+    partials = torch.empty((grid[0], N), dtype=torch.float32, device=grad.device) if wants_partials else None
+    with hardware.on_device(grad.device):
+        activation_bwd_kernel[grid](
+            grad,
+            preact,
+            grad if act is None else act,
+            grad if partials is None else partials,
+            M,
+            N,
+            ACTIVATION=activation,
+            HAS_ACT=act is not None,
+            HAS_PARTIALS=wants_partials,
+            **POINTWISE_BWD_LAUNCH,
+        )
+    return partials
+
+
+@torch_op(fake=fwd_outputs)
+def mlp_fwd(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (M, d), fc_weight: (hidden, d), proj_weight: (d_out, hidden) -> out: (M, d_out), preact, act: (M, hidden)"""
+    outputs = out, preact, act = fwd_outputs(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
+    if x.shape[0] == 0:
+        return outputs
+    hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
+    if is_fused(x, fc_weight):
+        kept = None if save == "input" else preact
+        fused_linear(x, fc_weight, fc_bias, activation=activation, preact=kept, out=hidden)
+        fused_linear(hidden, proj_weight, proj_bias, residual=residual, out=out)
+        return outputs
+    before = linear(x, fc_weight, fc_bias)
+    # Where the input of the activation is not kept, its output takes its place.
+    hidden = before if save == "input" else hidden
+    pointwise_activation(before, activation, hidden)
+    if residual is None:
+        out = linear(hidden, proj_weight, proj_bias)
+    else:
+        start = residual if proj_bias is None else residual + proj_bias
+        out = torch.addmm(start, hidden, proj_weight.mT)
+    return out, preact if save == "input" else before, act
+
+
+@torch_op(fake=bwd_outputs)
+def mlp_bwd(
+    dout: Tensor,
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    preact: Tensor,
+    act: Tensor,
+    activation: str,
+    save: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
+    none = torch.empty((0,), dtype=x.dtype, device=x.device)
+    if x.shape[0] == 0:
+        return tuple(
+            grad.zero_()
+            for grad in bwd_outputs(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
+        )
+    if save == "input":
+        preact = linear(x, fc_weight, fc_bias)
+    remade = None
+    if needs_proj_weight and save != "all":
+        act = remade = torch.empty_like(preact)
+    if is_fused(x, fc_weight):
+        grad, partials = fused_grad_preact(dout, proj_weight, preact, activation, remade, needs_fc_bias)
+    else:
+        grad = dout @ proj_weight
+        partials = pointwise_grad_preact(grad, preact, activation, remade, needs_fc_bias)
+    return (
+        grad @ fc_weight if needs_x else none,
+        grad.mT @ x if needs_fc_weight else none,
+        partials.sum(0).to(x.dtype) if needs_fc_bias else none,
+        dout.mT @ act if needs_proj_weight else none,
+        column_sum(dout) if needs_proj_bias else none,
+    )

@@ -1,0 +1,48 @@
+"""The pointwise half of the MLP, for where cuBLAS does the products: one pass over the hidden layer each way."""
+
+import triton
+import triton.language as tl
+
+from .triton_gemm import activate, activate_and_slope
+
+
+@triton.jit
+def activation_fwd_kernel(preact_ptr, act_ptr, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """preact, act: (size,)"""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    preact = tl.load(preact_ptr + index, mask=index < size, other=0.0).to(tl.float32)
+    tl.store(act_ptr + index, activate(preact, ACTIVATION).to(act_ptr.dtype.element_ty), mask=index < size)
+
+
+@triton.jit
+def activation_bwd_kernel(
+    grad_ptr,  # (M, N): of the activation's output; becomes that of its input
+    preact_ptr,  # (M, N)
+    act_ptr,  # (M, N) or unused: activation(preact), once more
+    partials_ptr,  # (row blocks, N) float32 or unused: column sums of the new grad
+    M,
+    N,
+    ACTIVATION: tl.constexpr,
+    HAS_ACT: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program's block of columns, BLOCK_M at a time
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, ROWS, BLOCK_M):
+        row = (tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BLOCK_M))[:, None]
+        mask = (row < M) & (column < N)
+        index = row * N + column
+        grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        preact = tl.load(preact_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        act, slope = activate_and_slope(preact, ACTIVATION)
+        rounded = (grad * slope).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + index, rounded, mask=mask)
+        if HAS_ACT:
+            tl.store(act_ptr + index, act.to(act_ptr.dtype.element_ty), mask=mask)
+        sums += rounded.to(tl.float32)
+    if HAS_PARTIALS:
+        column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(partials_ptr + tl.program_id(0).to(tl.int64) * N + column, tl.sum(sums, axis=0), mask=column < N)
