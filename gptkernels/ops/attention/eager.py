@@ -176,10 +176,8 @@ def attention_bwd(
         k_part, v_part, dk_part, dv_part = (part.select(x, part.keys) for x in (k, v, dk, dv))
         lse_part = part.select_lse(lse)
         if whole(q, q_part, k_part, causal, window, dropout):
-            arguments = dout_part, q_part, k_part, v_part, out_part, lse_part.contiguous()
-            for target, grad in zip(
-                (dq_part, dk_part, dv_part), fused_bwd(*arguments, 0.0, True, scale=scale), strict=True
-            ):
+            sums = fused_grads(dout_part, q_part, k_part, v_part, out_part, lse_part, None, True, scale)
+            for target, grad in zip((dq_part, dk_part, dv_part), sums, strict=True):
                 target.copy_(grad)
             continue
         # Keys get a share from each block that sees them: summed in float32, rounded once.
@@ -302,8 +300,7 @@ def block_bwd(
     """dout, q, out: (B, H, M, D), k, v: (B, Hkv, N, D), lse: (B, H, M), seen: (M, N), keep: (B, H, M, N)
     -> dq, dk, dv"""
     if q.device.type == "cpu" and keep is None:
-        arguments = dout, q, k, v, out, lse.contiguous()
-        return fused_bwd(*arguments, 0.0, False, attn_mask=bias_of(seen, q.dtype), scale=scale)
+        return fused_grads(dout, q, k, v, out, lse, seen, False, scale)
     heads = k.shape[1]
     delta = grouped(dout * out.float(), heads).sum(-1, keepdim=True)
     weights = (weights_of(q, k, seen, scale) - lse.unflatten(1, (heads, -1)).unsqueeze(-1)).exp()
@@ -315,3 +312,20 @@ def block_bwd(
         kept_weights, dweights = weights * keep, dweights * keep
     dscores = weights * (dweights - delta) * scale
     return (dscores @ k).flatten(1, 2), (dscores.mT @ q).sum(2), (kept_weights.mT @ dout).sum(2)
+
+
+def fused_grads(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seen: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As block_bwd, by PyTorch's kernel"""
+    # That kernel sums over the heads of a group in the inputs' dtype, which is too coarse for half precision.
+    arguments = [x.float() for x in (dout, q, k, v, out)]
+    return fused_bwd(*arguments, lse.contiguous(), 0.0, causal, attn_mask=bias_of(seen, torch.float32), scale=scale)

@@ -144,7 +144,6 @@ def attention_bwd_dq_kernel(
     k_ptr += b * k_stride_b + h // group * k_stride_h + start.to(tl.int64) * k_stride_t
     v_ptr += b * v_stride_b + h // group * v_stride_h + start.to(tl.int64) * v_stride_t
     out_ptr += b * out_stride_b + h * out_stride_h + start.to(tl.int64) * out_stride_t
-    dq_ptr += b * dq_stride_b + h * dq_stride_h + start.to(tl.int64) * dq_stride_t
     first_row = batch_head.to(tl.int64) * rows + start
 
     first = tile * BLOCK_M
@@ -183,6 +182,8 @@ def attention_bwd_dq_kernel(
     dq1 = dq1 * (scale * LN2)
     if D2 > 0:
         dq2 = dq2 * (scale * LN2)
+    # Worked out only here, so that no registers hold it during the loops.
+    dq_ptr += b * dq_stride_b + h * dq_stride_h + start.to(tl.int64) * dq_stride_t
     store_head(dq_ptr, first, dq_stride_t, queries, dq1, dq2, D, D1, D2)
 
 
@@ -321,8 +322,6 @@ def attention_bwd_dkdv_kernel(
     q_ptr += b * q_stride_b + start.to(tl.int64) * q_stride_t
     k_ptr += b * k_stride_b + h * k_stride_h + start.to(tl.int64) * k_stride_t
     v_ptr += b * v_stride_b + h * v_stride_h + start.to(tl.int64) * v_stride_t
-    dk_ptr += b * dk_stride_b + h * dk_stride_h + start.to(tl.int64) * dk_stride_t
-    dv_ptr += b * dv_stride_b + h * dv_stride_h + start.to(tl.int64) * dv_stride_t
 
     first = tile * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
@@ -335,27 +334,32 @@ def attention_bwd_dkdv_kernel(
     block, full_start, full_stop, stop = query_blocks(
         first, last, low, offset, queries, window, CAUSAL, WINDOWED, BLOCK_M
     )
+    # All blocks of one query head after the other, in one loop: two nested ones would need twice the registers.
+    first_head = b * heads * group + h * group
+    full = tl.maximum(full_stop - full_start, 1)
+    for i in tl.range(0, (full_stop - full_start) * group, num_stages=STAGES):
+        head, first_row = h * group + i // full, (first_head + i // full) * rows + start
+        dk1, dk2, dv1, dv2 = key_grad_block(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
+            lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t, full_start + i % full,
+            key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, False,
+        )  # fmt: skip
     left = full_start - block
-    for member in range(group):
-        head = h * group + member
-        first_row = (b * heads * group + head) * rows + start
-        for i in tl.range(full_start, full_stop, num_stages=STAGES):
-            dk1, dk2, dv1, dv2 = key_grad_block(
-                dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
-                lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t, i,
-                key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
-                CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, False,
-            )  # fmt: skip
-        for i in tl.range(0, left + stop - full_stop, num_stages=STAGES):
-            dk1, dk2, dv1, dv2 = key_grad_block(
-                dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
-                lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t,
-                tl.where(i < left, block + i, full_stop + i - left),
-                key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
-                CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, True,
-            )  # fmt: skip
+    boundary = tl.maximum(left + stop - full_stop, 1)
+    for i in tl.range(0, (left + stop - full_stop) * group, num_stages=STAGES):
+        head, first_row, j = h * group + i // boundary, (first_head + i // boundary) * rows + start, i % boundary
+        dk1, dk2, dv1, dv2 = key_grad_block(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
+            lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t,
+            tl.where(j < left, block + j, full_stop + j - left),
+            key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, True,
+        )  # fmt: skip
     dk1 = dk1 * (scale * LN2)
     if D2 > 0:
         dk2 = dk2 * (scale * LN2)
+    dk_ptr += b * dk_stride_b + h * dk_stride_h + start.to(tl.int64) * dk_stride_t
     store_head(dk_ptr, first, dk_stride_t, keys, dk1, dk2, D, D1, D2)
+    dv_ptr += b * dv_stride_b + h * dv_stride_h + start.to(tl.int64) * dv_stride_t
     store_head(dv_ptr, first, dv_stride_t, keys, dv1, dv2, D, D1, D2)

@@ -83,16 +83,6 @@ def attend_block(
     return sum1, sum2, new_peak, total
 
 
-@triton.jit
-def attend_key(q1, q2, k_ptr, k_stride, key, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """q: (BLOCK_M, D) and one key -> scores: (BLOCK_M,)"""
-    scores = tl.sum(q1.to(tl.float32) * load_tile(k_ptr, key, k_stride, 0, 0, D, 0, D1, 1, False).to(tl.float32), 1)
-    if D2 > 0:
-        k2 = load_tile(k_ptr, key, k_stride, 0, 0, D, D1, D2, 1, False)
-        scores += tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
-    return scores
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def attention_fwd_kernel(
     q_ptr,  # (B, H, Tq, D) or packed (T, H, D), last dimension contiguous, as all others
@@ -153,7 +143,6 @@ def attention_fwd_kernel(
     q_ptr += b * q_stride_b + h * q_stride_h + start.to(tl.int64) * q_stride_t
     k_ptr += b * k_stride_b + h // group * k_stride_h + start.to(tl.int64) * k_stride_t
     v_ptr += b * v_stride_b + h // group * v_stride_h + start.to(tl.int64) * v_stride_t
-    out_ptr += b * out_stride_b + h * out_stride_h + start.to(tl.int64) * out_stride_t
     first_row = batch_head.to(tl.int64) * rows + start
 
     first = tile * BLOCK_M
@@ -206,16 +195,12 @@ def attention_fwd_kernel(
                     CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, True,
                 )  # fmt: skip
             for key in tl.range(block * BLOCK_N, tl.minimum(stop * BLOCK_N, keys)):
-                weights = tl.exp2(attend_key(q1, q2, k_ptr, k_stride_t, key, D, D1, D2) * scale - peak)
                 seen = sees(position, key, low, keys, window, CAUSAL, WINDOWED)[:, None]
-                if HAS_DROPOUT:
-                    keep = kept(seed_ptr, first_row + query, start + key + tl.zeros_like(query), drop_below)
-                    weights = tl.where(keep, weights, 0.0)
                 v1 = load_tile(v_ptr, key, v_stride_t, 0, 0, D, 0, D1, 1, False).to(tl.float32)
-                sum1 += tl.where(seen & (v1 * 0.0 != 0.0), weights[:, None] * v1, 0.0)
+                sum1 += tl.where(seen & (v1 * 0.0 != 0.0), v1, 0.0)
                 if D2 > 0:
                     v2 = load_tile(v_ptr, key, v_stride_t, 0, 0, D, D1, D2, 1, False).to(tl.float32)
-                    sum2 += tl.where(seen & (v2 * 0.0 != 0.0), weights[:, None] * v2, 0.0)
+                    sum2 += tl.where(seen & (v2 * 0.0 != 0.0), v2, 0.0)
 
     sees_any = total != 0
     log2_total = tl.where(sees_any, peak + tl.log2(total), -float("inf"))
@@ -224,4 +209,6 @@ def attention_fwd_kernel(
     sum1 = sum1 * inverse[:, None]
     if D2 > 0:
         sum2 = sum2 * inverse[:, None]
+    # Worked out only here, so that no registers hold it during the loops.
+    out_ptr += b * out_stride_b + h * out_stride_h + start.to(tl.int64) * out_stride_t
     store_head(out_ptr, first, out_stride_t, queries, sum1, sum2, D, D1, D2)

@@ -1,24 +1,115 @@
 """Launch tables of the attention kernels, made by benchmarks/tune_attention.py.
 
-By kernel, architecture, bytes per element and head size (rounded up to a power of two):
-BLOCK_M, BLOCK_N, warps, stages.
+By bytes per element, kernel and head size: BLOCK_M, BLOCK_N, warps, stages. Head sizes are the rows' own or the next
+larger ones: 48, 96 and 192 stand for heads in two parts (see triton_blocks.py).
 """
 
-_16_BIT_LARGE = {  # 160 KiB of shared memory and more
-    "fwd": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "dq": {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)},
-    "dkdv": {16: (64, 128, 4, 3), 32: (64, 128, 4, 3), 64: (64, 128, 8, 2), 128: (32, 64, 4, 2), 256: (32, 64, 8, 1)},
+_SM80 = {
+    2: {
+        "fwd": {
+            16: (128, 128, 8, 3),
+            32: (128, 64, 8, 3),
+            48: (128, 64, 8, 2),
+            64: (128, 64, 8, 3),
+            96: (128, 64, 8, 2),
+            128: (128, 32, 8, 2),
+            192: (64, 32, 8, 1),
+            256: (32, 32, 8, 1),
+        },
+        "dq": {
+            16: (128, 64, 4, 3),
+            32: (128, 64, 8, 3),
+            48: (128, 32, 8, 2),
+            64: (128, 64, 8, 3),
+            96: (128, 32, 8, 2),
+            128: (128, 32, 8, 2),
+            192: (64, 32, 8, 1),
+            256: (32, 16, 4, 1),
+        },
+        "dkdv": {
+            16: (64, 128, 8, 3),
+            32: (64, 128, 8, 3),
+            48: (32, 128, 8, 2),
+            64: (32, 128, 8, 2),
+            96: (32, 64, 8, 2),
+            128: (64, 64, 8, 2),
+            192: (16, 64, 8, 1),
+            256: (16, 64, 8, 1),
+        },
+    },
+    4: {
+        "fwd": {
+            16: (64, 32, 4, 2),
+            32: (64, 32, 4, 2),
+            48: (64, 32, 8, 2),
+            64: (64, 32, 8, 2),
+            96: (32, 32, 8, 1),
+            128: (32, 32, 8, 1),
+            192: (16, 16, 8, 1),
+            256: (16, 16, 8, 1),
+        },
+        "dq": {
+            16: (64, 32, 4, 2),
+            32: (64, 32, 4, 2),
+            48: (32, 32, 8, 1),
+            64: (32, 32, 8, 1),
+            96: (32, 16, 8, 1),
+            128: (32, 16, 8, 1),
+            192: (16, 16, 8, 1),
+            256: (16, 16, 8, 1),
+        },
+        "dkdv": {
+            16: (32, 64, 8, 2),
+            32: (32, 64, 8, 2),
+            48: (32, 32, 8, 1),
+            64: (32, 32, 8, 1),
+            96: (16, 32, 8, 1),
+            128: (16, 32, 8, 1),
+            192: (16, 16, 8, 1),
+            256: (16, 16, 8, 1),
+        },
+    },
 }
-_32_BIT_LARGE = {
-    "fwd": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    "dq": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+_SM90 = {
+    2: {
+        "fwd": {
+            16: (128, 128, 8, 3),
+            32: (128, 64, 8, 3),
+            48: (128, 64, 8, 3),
+            64: (128, 64, 8, 3),
+            96: (128, 64, 8, 3),
+            128: (128, 64, 8, 3),
+            192: (64, 32, 8, 1),
+            256: (32, 32, 8, 1),
+        },
+        "dq": {
+            16: (128, 64, 4, 3),
+            32: (128, 64, 8, 3),
+            48: (128, 64, 8, 3),
+            64: (128, 64, 8, 3),
+            96: (128, 64, 8, 2),
+            128: (128, 64, 8, 2),
+            192: (128, 32, 8, 2),
+            256: (128, 32, 8, 2),
+        },
+        "dkdv": {
+            16: (64, 128, 8, 3),
+            32: (64, 128, 8, 3),
+            48: (64, 128, 8, 2),
+            64: (64, 128, 8, 2),
+            96: (32, 64, 8, 2),
+            128: (32, 128, 8, 3),
+            192: (16, 64, 8, 2),
+            256: (16, 64, 8, 2),
+        },
+    },
+    4: _SM80[4],
 }
-TABLES = {arch: {2: _16_BIT_LARGE, 4: _32_BIT_LARGE} for arch in (80, 89, 90, 100)}
+TABLES = {80: _SM80, 89: _SM80, 90: _SM90, 100: _SM90}
 
 
 def table_arch(arch: int) -> int:
-    """The architecture whose rows serve `arch`. Those with about 100 KiB of shared memory share a table."""
+    """The architecture whose table serves `arch`. Those with about 100 KiB of shared memory share one."""
     if arch in (86, 89) or arch >= 120:
         return 89
     return 100 if arch >= 100 else 90 if arch >= 90 else 80
@@ -32,6 +123,7 @@ def head_parts(head_size: int) -> tuple[int, int]:
 
 
 def launch_row(kernel: str, arch: int, element_size: int, head_size: int) -> dict:
-    head = 1 << (head_size - 1).bit_length()
-    block_m, block_n, warps, stages = TABLES[table_arch(arch)][element_size][kernel][head]
+    part1, part2 = head_parts(head_size)
+    row = part1 + part1 // 2 if part2 else part1
+    block_m, block_n, warps, stages = TABLES[table_arch(arch)][element_size][kernel][row]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "STAGES": stages}
