@@ -22,13 +22,15 @@ cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream)
                                           : attention_fwd_launch<__nv_bfloat16, 256>(params, stream);
 }
 cudaError_t attention_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
-    return params.shape.head_dim <= 64 ? attention_bwd_launch<__nv_bfloat16, 64>(params, stream)
-                                       : attention_bwd_launch<__nv_bfloat16, 128>(params, stream);
+    return params.shape.head_dim <= 64    ? attention_bwd_launch<__nv_bfloat16, 64>(params, stream)
+           : params.shape.head_dim <= 128 ? attention_bwd_launch<__nv_bfloat16, 128>(params, stream)
+                                          : attention_bwd_launch<__nv_bfloat16, 256>(params, stream);
 }
 int64_t attention_bwd_workspace_bytes(const AttentionShape& shape) {
     AttentionBwdWorkspace unused;
-    return shape.head_dim <= 64 ? attention_bwd_workspace<64>(shape, nullptr, &unused)
-                                : attention_bwd_workspace<128>(shape, nullptr, &unused);
+    return shape.head_dim <= 64    ? attention_bwd_workspace<64>(shape, nullptr, &unused)
+           : shape.head_dim <= 128 ? attention_bwd_workspace<128>(shape, nullptr, &unused)
+                                   : attention_bwd_workspace<256>(shape, nullptr, &unused);
 }
 """
 

@@ -9,7 +9,6 @@ import torch
 from attention_build import Builder, using
 from compile_gate import tool
 
-import gptkernels as gk
 from gptkernels import cuda_build, cuda_library, simulator
 from gptkernels.ops.attention import cuda_kernels
 
@@ -40,7 +39,7 @@ def kernels(listing: str, mark: str) -> dict[str, str]:
 
 def test_no_kernel_spills(library):
     resources = kernels(library_listing("--dump-resource-usage"), "Function")
-    assert len(resources) >= 16
+    assert len(resources) >= 26
     for name, text in resources.items():
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
         assert used["STACK"] == 0, name
@@ -53,7 +52,7 @@ def test_no_kernel_spills(library):
 def test_the_instructions_that_are_meant(library):
     sass = kernels(library_listing("--dump-sass"), r"Function :")
     main = {name: text for name, text in sass.items() if re.search(r"attention_[fb]wd_kernel", name)}
-    assert len(main) >= 12
+    assert len(main) >= 14
     for name, text in main.items():
         for instruction in ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "SYNCS"):
             assert re.search(rf"\b{instruction}", text), f"{name} has no {instruction}"

@@ -8,12 +8,19 @@ template <int HeadDim>
 struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     using AttentionBwdBlock<HeadDim>::kBlockM;
     using AttentionBwdBlock<HeadDim>::kBlockN;
+    using AttentionBwdBlock<HeadDim>::kSplitDqRows;
+    using AttentionBwdBlock<HeadDim>::kDqColumns;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
     static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
     static constexpr int kStages = 2;
+    // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns. Then
+    // each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
+    static constexpr bool kSplitColumns = HeadDim == 256;
+    static constexpr int kScoreColumns = kSplitColumns ? kBlockM / 2 : kBlockM;
+    static constexpr int kGradientColumns = kSplitColumns ? HeadDim / 2 : HeadDim;
     // Whether dv multiplies while dscores are turned into gradients: both need the registers of a block of scores.
-    static constexpr bool kDvFirst = kBlockM == 64;
+    static constexpr bool kDvFirst = HeadDim == 128;
 
     static constexpr int kPanel = 64, kRowBytes = 128;
     static constexpr int kPanels = HeadDim / kPanel;
@@ -21,8 +28,10 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kQBytes = 2 * kBlockM * HeadDim;
     static constexpr int kStatisticsBytes = 4 * kBlockM;
     static constexpr int kDsBytes = 2 * kBlockM * kBlockN;
-    static constexpr int kDqBytes = 4 * kBlockM * HeadDim / kConsumers;  // of one warpgroup
-    static constexpr int kOutPitch = 2 * HeadDim + 16;
+    static constexpr int kDqPieces = kSplitColumns ? 4 : 1;  // what of dq goes out at a time
+    static constexpr int kDqRegisters = kDqColumns / 2 / kDqPieces;
+    static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
+    static constexpr int kOutPitch = 2 * kGradientColumns + 16;
     static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
 
     static constexpr int kK = 0;
@@ -30,9 +39,10 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kQ = kV + kKvBytes;
     static constexpr int kDout = kQ + kStages * kQBytes;
     static constexpr int kDs = kDout + kStages * kQBytes;
-    static constexpr int kDq = kDs + kDsBytes;
-    static constexpr int kOut = kDq + kConsumers * kDqBytes;
-    static constexpr int kLse = kOut + kConsumers * kOutBytes;
+    static constexpr int kWeights = kDs + kDsBytes;
+    static constexpr int kDq = kWeights + (kSplitColumns ? kDsBytes : 0);
+    static constexpr int kOut = kSplitColumns ? kK : kDq + kConsumers * kDqBytes;
+    static constexpr int kLse = kDq + kConsumers * kDqBytes + (kSplitColumns ? 0 : kConsumers * kOutBytes);
     static constexpr int kDelta = kLse + kStages * kStatisticsBytes;
     static constexpr int kTiles = kDelta + kStages * kStatisticsBytes;
     static constexpr int kQFull = kTiles + 2 * sizeof(AttentionTile), kQEmpty = kQFull + 8 * kStages;
@@ -145,19 +155,23 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
                     }
                     fence_async_proxy_global();
                 }
-                for (int w = 0; w < C::kConsumers; ++w) {
-                    mbarrier_wait(shared + C::kDqFull + 8 * w, place.parity());
-                    bulk_reduce_add(dq + w * (C::kDqBytes / 4), shared + C::kDq + w * C::kDqBytes, C::kDqBytes);
-                    bulk_commit();
-                    bulk_wait_read();
-                    mbarrier_arrive(shared + C::kDqEmpty + 8 * w);
+#pragma unroll 1
+                for (int piece = 0; piece < C::kDqPieces; ++piece) {
+                    for (int w = 0; w < C::kConsumers; ++w) {
+                        mbarrier_wait(shared + C::kDqFull + 8 * w, place.parity());
+                        bulk_reduce_add(dq + (w * C::kDqPieces + piece) * (C::kDqBytes / 4),
+                                        shared + C::kDq + w * C::kDqBytes, C::kDqBytes);
+                        bulk_commit();
+                        bulk_wait_read();
+                        mbarrier_arrive(shared + C::kDqEmpty + 8 * w);
+                    }
+                    place.advance();
                 }
                 if (args.deterministic) {
                     bulk_wait();
                     fence_async_proxy_global();
                     red_release_add(added, 1);
                 }
-                place.advance();
             }
         }
     }
@@ -166,32 +180,37 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
 template <class T, int HeadDim>
 __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArguments& args, char* base, int group) {
     using C = AttentionBwdTraits<HeadDim>;
-    constexpr int kScores = C::kBlockM / 2, kGradients = HeadDim / 2;  // accumulator registers
-    constexpr int kEveryGroup = 1;                                     // named barrier
+    constexpr int kScores = C::kScoreColumns / 2, kGradients = C::kGradientColumns / 2;  // accumulator registers
+    constexpr int kEveryGroup = 1;                                                       // named barrier
     const AttentionShape& shape = args.shape;
     const uint32_t shared = shared_address(base);
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int queries_at = lane % 4 * 2;  // this thread's columns of the scores are 8 i + queries_at + {0, 1}
 
+    // What of the keys and of the queries this warpgroup computes scores of, and which columns of dk and dv.
+    const int group_key = C::kSplitColumns ? 0 : group * 64;
+    const int group_query = C::kSplitColumns ? group * C::kScoreColumns : 0;
+    const int group_column = C::kSplitColumns ? group * C::kGradientColumns : 0;
+
     // Operands, by what they multiply.
-    const int group_rows = group * 64 * C::kRowBytes;
-    const uint64_t k_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kK + group_rows);
-    const uint64_t v_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kV + group_rows);
-    const uint64_t q_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kQ);
-    const uint64_t dout_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kDout);
-    const uint64_t q_dk = operand_depth_across_rows<C::kRowBytes>(shared + C::kQ, C::kBlockM * C::kRowBytes);
-    const uint64_t dout_dv = operand_depth_across_rows<C::kRowBytes>(shared + C::kDout, C::kBlockM * C::kRowBytes);
-    // Of dq a warpgroup computes 64 rows by 64 columns: half of the rows, or half of the columns.
-    constexpr bool kSplitRows = C::kBlockM == 128;
-    constexpr int kPanelBytes = C::kBlockN * C::kRowBytes;
-    const uint64_t ds_dq =
-        operand_depth_across_rows<C::kRowBytes>(shared + C::kDs + (kSplitRows ? group * kPanelBytes : 0), kPanelBytes);
-    const uint64_t k_dq =
-        operand_depth_across_rows<C::kRowBytes>(shared + C::kK + (kSplitRows ? 0 : group * kPanelBytes), kPanelBytes);
+    constexpr int kPanelBytes = C::kBlockN * C::kRowBytes, kQPanelBytes = C::kBlockM * C::kRowBytes;
+    const int q_columns = group_column / C::kPanel * kQPanelBytes;
+    const uint64_t k_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kK + group_key * C::kRowBytes);
+    const uint64_t v_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kV + group_key * C::kRowBytes);
+    const uint64_t q_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kQ + group_query * C::kRowBytes);
+    const uint64_t dout_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kDout + group_query * C::kRowBytes);
+    const uint64_t q_dk = operand_depth_across_rows<C::kRowBytes>(shared + C::kQ + q_columns, kQPanelBytes);
+    const uint64_t dout_dv = operand_depth_across_rows<C::kRowBytes>(shared + C::kDout + q_columns, kQPanelBytes);
+    const uint64_t ds_dk = operand_depth_in_rows<C::kRowBytes>(shared + C::kDs);
+    const uint64_t weights_dv = operand_depth_in_rows<C::kRowBytes>(shared + C::kWeights);
+    const uint64_t ds_dq = operand_depth_across_rows<C::kRowBytes>(
+        shared + C::kDs + (C::kSplitDqRows ? group * kPanelBytes : 0), kPanelBytes);
+    const uint64_t k_dq = operand_depth_across_rows<C::kRowBytes>(
+        shared + C::kK + (C::kSplitDqRows ? 0 : group * (C::kDqColumns / C::kPanel) * kPanelBytes), kPanelBytes);
 
     // Swizzled: the 16-byte unit of a row is exclusive-or'ed with the row.
-    const uint32_t ds_row =
-        shared + C::kDs + group_rows + (warp * 16 + lane % 16) * C::kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+    const uint32_t ds_row = shared + C::kDs + (group_key + warp * 16 + lane % 16) * C::kRowBytes +
+                            ((lane / 16 ^ lane % 8 ^ group_query / 8) << 4);
     const uint32_t dq_to = shared + C::kDq + group * C::kDqBytes + threadIdx.x % kWarpgroup * 16;
     const uint32_t out_rows = shared + C::kOut + group * C::kOutBytes + warp * 16 * C::kOutPitch;
     const float scale = shape.scale * 1.44269504088896f;
@@ -199,7 +218,7 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
     float dk[kGradients], dv[kGradients];
     RingPlace<C::kStages> place;
     RingPlace<2> slot;
-    RingPlace<1> kv_place, dq_place;
+    RingPlace<1> kv_place, dq_place, place_of_ds;
 
     auto arrive = [&](int barrier) {
         if (lane == 0) mbarrier_arrive(shared + barrier);
@@ -209,17 +228,30 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
 #pragma unroll
         for (int d = 0; d < HeadDim; d += 16) {
             const int panel = d / C::kPanel, within = d % C::kPanel * 2;
-            Wgmma<C::kBlockM, T, false, false>::multiply(scores, a + (panel * kPanelBytes + within >> 4),
-                                                         b + (panel * C::kBlockM * C::kRowBytes + within >> 4), d > 0);
+            Wgmma<C::kScoreColumns, T, false, false>::multiply(scores, a + (panel * kPanelBytes + within >> 4),
+                                                               b + (panel * kQPanelBytes + within >> 4), d > 0);
         }
         wgmma_commit();
     };
-    auto multiply_gradient = [&](float (&gradient)[kGradients], const uint32_t* a, uint64_t b) {
+    // a: the registers, or else the shared memory, that hold keys by queries
+    auto multiply_gradient = [&](float (&gradient)[kGradients], const uint32_t* a, uint64_t shared_a, uint64_t b) {
         wgmma_fence();
 #pragma unroll
-        for (int m = 0; m < C::kBlockM; m += 16)
-            Wgmma<HeadDim, T, false, true>::multiply(gradient, a + m / 4, b + (m * C::kRowBytes >> 4), true);
+        for (int m = 0; m < C::kBlockM; m += 16) {
+            using Multiply = Wgmma<C::kGradientColumns, T, false, true>;
+            const uint64_t depth = b + (m * C::kRowBytes >> 4);
+            if constexpr (C::kSplitColumns)
+                Multiply::multiply(gradient, shared_a + (m * 2 >> 4), depth, true);
+            else
+                Multiply::multiply(gradient, a + m / 4, depth, true);
+        }
         wgmma_commit();
+    };
+    auto store_scores = [&](uint32_t row, const uint32_t (&packed)[kScores / 2]) {
+#pragma unroll
+        for (int j = 0; j < kScores / 2; j += 4)
+            stmatrix_x4((row ^ (j / 2 % 8 << 4)) + j / 16 * kPanelBytes, packed[j], packed[j + 1], packed[j + 2],
+                        packed[j + 3]);
     };
     auto store_rows = [&](const float (&gradient)[kGradients], float factor, void* to, const AttentionStrides& strides,
                           const AttentionTile& tile) {
@@ -236,11 +268,12 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
         }
         fence_async_proxy();
         __syncwarp();
-        const int row = tile.block * C::kBlockN + group * 64 + warp * 16 + lane;
+        const int row = tile.block * C::kBlockN + group_key + warp * 16 + lane;
+        const int columns = min(shape.head_dim - group_column, C::kGradientColumns);
         if (lane < 16 && row < tile.k_len)
             bulk_store(static_cast<T*>(to) + (shape.cu_seqlens ? 0 : tile.batch * strides.batch) +
-                           tile.head * strides.head + (tile.k_row + int64_t(row)) * strides.row,
-                       out_rows + lane * C::kOutPitch, 2 * shape.head_dim);
+                           tile.head * strides.head + (tile.k_row + int64_t(row)) * strides.row + group_column,
+                       out_rows + lane * C::kOutPitch, 2 * columns);
         bulk_commit();
     };
 
@@ -251,11 +284,11 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
         if (tile.block < 0) break;
 
         const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
-        const int group_key = tile.block * C::kBlockN + group * 64;
+        const int first_key = tile.block * C::kBlockN + group_key;
         // Queries that see every key of the warpgroup: blocks within need no mask.
         const KeyRange common = {
-            max(visible_queries(shape, tile, group_key).first, visible_queries(shape, tile, group_key + 63).first),
-            visible_queries(shape, tile, group_key).last};
+            max(visible_queries(shape, tile, first_key).first, visible_queries(shape, tile, first_key + 63).first),
+            visible_queries(shape, tile, first_key).last};
 #pragma unroll
         for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
 
@@ -271,7 +304,7 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
         const int iterations = (blocks.end - blocks.begin) * (shape.heads / shape.kv_heads);
         int m = blocks.begin;
         for (int i = 0; i < iterations; ++i) {
-            float scores[kScores], dscores[kScores], dq[32];
+            float scores[kScores], dscores[kScores], dq[C::kDqColumns / 2];
             uint32_t weights[kScores / 2], packed[kScores / 2];
             auto pack_weights = [&] {
 #pragma unroll
@@ -295,19 +328,19 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             wgmma_wait<1>();
             pin(scores);
 
-            const int query = m * C::kBlockM;
-            if (query < common.first || query + C::kBlockM - 1 > common.last) {
+            const int query = m * C::kBlockM + group_query;
+            if (query < common.first || query + C::kScoreColumns - 1 > common.last) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int key = tile.block * C::kBlockN + group * 64 + warp * 16 + lane / 4 + 8 * h;
+                    const int key = tile.block * C::kBlockN + group_key + warp * 16 + lane / 4 + 8 * h;
                     const KeyRange queries = visible_queries(shape, tile, key);
                     mask_row(scores, h, queries.first - query - queries_at, queries.last - query - queries_at);
                 }
             }
-            const float2* minus_lse =
-                reinterpret_cast<const float2*>(base + C::kLse + place.stage() * C::kStatisticsBytes + queries_at * 4);
-            const float2* delta = reinterpret_cast<const float2*>(base + C::kDelta +
-                                                                  place.stage() * C::kStatisticsBytes + queries_at * 4);
+            const float2* minus_lse = reinterpret_cast<const float2*>(
+                base + C::kLse + place.stage() * C::kStatisticsBytes + (group_query + queries_at) * 4);
+            const float2* delta = reinterpret_cast<const float2*>(
+                base + C::kDelta + place.stage() * C::kStatisticsBytes + (group_query + queries_at) * 4);
 #pragma unroll
             for (int j = 0; j < kScores; j += 4) {
                 const float2 l = minus_lse[j];
@@ -318,7 +351,7 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             }
             if constexpr (C::kDvFirst) {
                 pack_weights();
-                multiply_gradient(dv, weights, dout_dv + stage);
+                multiply_gradient(dv, weights, weights_dv, dout_dv + stage);
                 wgmma_wait<1>();
             } else {
                 wgmma_wait<0>();
@@ -332,49 +365,64 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
                 packed[j / 2 + 1] =
                     pack<T>(scores[j + 2] * (dscores[j + 2] - d.x), scores[j + 3] * (dscores[j + 3] - d.y));
             }
-            if constexpr (!C::kDvFirst) multiply_gradient(dv, weights, dout_dv + stage);
-            mbarrier_wait(shared + C::kDsEmpty, dq_place.parity() ^ 1);
-#pragma unroll
-            for (int j = 0; j < kScores / 2; j += 4)
-                stmatrix_x4((ds_row ^ (j / 2 % 8 << 4)) + j / 16 * kPanelBytes, packed[j], packed[j + 1], packed[j + 2],
-                            packed[j + 3]);
+            constexpr bool kDvLast = C::kSplitColumns;
+            if constexpr (!C::kDvFirst && !kDvLast) multiply_gradient(dv, weights, weights_dv, dout_dv + stage);
+            mbarrier_wait(shared + C::kDsEmpty, place_of_ds.parity() ^ 1);
+            place_of_ds.advance();
+            store_scores(ds_row, packed);
+            if constexpr (C::kSplitColumns) store_scores(ds_row + C::kWeights - C::kDs, weights);
             fence_async_proxy();
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
             wgmma_fence();
 #pragma unroll
             for (int n = 0; n < C::kBlockN; n += 16)
-                Wgmma<64, T, true, true>::multiply(dq, ds_dq + (n * C::kRowBytes >> 4), k_dq + (n * C::kRowBytes >> 4),
-                                                   n > 0);
+                Wgmma<C::kDqColumns, T, true, true>::multiply(dq, ds_dq + (n * C::kRowBytes >> 4),
+                                                              k_dq + (n * C::kRowBytes >> 4), n > 0);
             wgmma_commit();
-            multiply_gradient(dk, packed, q_dk + stage);
+            if constexpr (kDvLast) multiply_gradient(dv, weights, weights_dv, dout_dv + stage);
+            multiply_gradient(dk, packed, ds_dk, q_dk + stage);
 
-            wgmma_wait<1>();
-            pin(dv);
+            auto release_dout = [&] {
+                pin(dv);
+                pin(weights);
+                arrive(C::kDsEmpty);
+                arrive(C::kDoutEmpty + 8 * place.stage());
+            };
+            wgmma_wait<kDvLast ? 2 : 1>();
             pin(dq);
-            pin(weights);
-            arrive(C::kDsEmpty);
-            arrive(C::kDoutEmpty + 8 * place.stage());
-            mbarrier_wait(shared + C::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
+            if constexpr (!kDvLast) release_dout();
 #pragma unroll
-            for (int j = 0; j < 32; j += 4)
-                *reinterpret_cast<float4*>(base + (dq_to - shared) + j * 4 * kWarpgroup) =
-                    float4{dq[j], dq[j + 1], dq[j + 2], dq[j + 3]};
-            fence_async_proxy();
-            __syncwarp();
-            arrive(C::kDqFull + 8 * group);
-            dq_place.advance();
+            for (int piece = 0; piece < C::kDqPieces; ++piece) {
+                mbarrier_wait(shared + C::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
+                dq_place.advance();
+#pragma unroll
+                for (int j = 0; j < C::kDqRegisters; j += 4) {
+                    const float* x = dq + piece * C::kDqRegisters + j;
+                    *reinterpret_cast<float4*>(base + (dq_to - shared) + j * 4 * kWarpgroup) =
+                        float4{x[0], x[1], x[2], x[3]};
+                }
+                fence_async_proxy();
+                __syncwarp();
+                arrive(C::kDqFull + 8 * group);
+            }
 
             wgmma_wait<0>();
+            if constexpr (kDvLast) release_dout();
             pin(dk);
             pin(packed);
             arrive(C::kQEmpty + 8 * place.stage());
             place.advance();
             if (++m == blocks.end) m = blocks.begin;
         }
-        arrive(C::kKvEmpty);
+        if constexpr (C::kSplitColumns)
+            named_barrier_sync(kEveryGroup, 2 * kWarpgroup);  // rows go out over K and V
+        else
+            arrive(C::kKvEmpty);
         store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
         store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
+        if constexpr (C::kSplitColumns) bulk_wait_read();
         __syncwarp();
+        if constexpr (C::kSplitColumns) arrive(C::kKvEmpty);
         arrive(C::kTileEmpty + 8 * slot.stage());
         slot.advance();
     }

@@ -63,7 +63,10 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionBwdPassArguments args) {
     constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
-    constexpr int kPitch = 2 * 64 + 16;
+    constexpr bool kSplitRows = AttentionBwdBlock<HeadDim>::kSplitDqRows;
+    constexpr int kColumns = AttentionBwdBlock<HeadDim>::kDqColumns;
+    constexpr int kPitch = 2 * kColumns + 16;
+    constexpr int kRowThreads = kColumns / 8;
     const AttentionShape& shape = args.shape;
     __shared__ AttentionTile tile;
     if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
@@ -75,7 +78,7 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
                        group * (kBlockM * HeadDim / 8) + threadIdx.x % kWarpgroup;
     __shared__ __align__(16) char rows[8][16 * kPitch];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
+    for (int i = 0; i < kColumns / 8; i += 2) {
         uint32_t packed[4];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -87,15 +90,15 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
                     packed[2], packed[3]);
     }
     __syncwarp();
-    // A warpgroup has 64 rows by 64 columns: half of the rows, or half of the columns.
-    const int first_row = tile.block * kBlockM + warp % 4 * 16 + (kBlockM == 128 ? 64 * group : 0);
-    const int column = (kBlockM == 128 ? 0 : 64 * group) + lane % 8 * 8;
+    const int first_row = tile.block * kBlockM + warp % 4 * 16 + (kSplitRows ? 64 * group : 0);
+    const int within = lane % kRowThreads * 8;
+    const int column = (kSplitRows ? 0 : kColumns * group) + within;
 #pragma unroll
-    for (int i = lane / 8; i < 16; i += 4)
+    for (int i = lane / kRowThreads; i < 16; i += 32 / kRowThreads)
         if (first_row + i < tile.q_len && column < shape.head_dim)
             *reinterpret_cast<uint4*>(static_cast<T*>(args.dq) +
                                       row_offset(shape, tile, args.dq_strides, first_row + i) + column) =
-                *reinterpret_cast<const uint4*>(rows[warp] + i * kPitch + lane % 8 * 16);
+                *reinterpret_cast<const uint4*>(rows[warp] + i * kPitch + within * 2);
 }
 
 template <class T, int HeadDim>

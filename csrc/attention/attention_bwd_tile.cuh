@@ -2,11 +2,14 @@
 #pragma once
 #include "attention/attention_tile.cuh"
 
-// The main kernel owns 128 keys, 64 per warpgroup, and loops over blocks of queries.
-template <int HeadDim>  // 64 or 128: what smaller heads are padded to
+// A CTA of the main kernel owns kBlockN keys and loops over blocks of kBlockM queries. Of dq each of its two warpgroups
+// computes 64 rows by kDqColumns columns: half of the rows, or half of the columns.
+template <int HeadDim>  // 64, 128 or 256: what smaller heads are padded to
 struct AttentionBwdBlock {
     static constexpr int kBlockM = HeadDim == 64 ? 128 : 64;
-    static constexpr int kBlockN = 128;
+    static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
+    static constexpr bool kSplitDqRows = kBlockM == 128;
+    static constexpr int kDqColumns = kSplitDqRows ? HeadDim : HeadDim / 2;
 };
 
 // Blocks of queries have slots in the workspace: of each query head of each sequence, one after the other.

@@ -19,5 +19,5 @@ static cudaError_t attention_fwd_of(const AttentionFwdParams& params, cudaStream
 
 cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
     return params.dtype == DType::kFloat16 ? attention_fwd_of<__half>(params, stream)
-                                                  : attention_fwd_of<__nv_bfloat16>(params, stream);
+                                           : attention_fwd_of<__nv_bfloat16>(params, stream);
 }

@@ -241,6 +241,7 @@ struct Wgmma;
 #define GK_F32(i) GK_F16(i), GK_F16(i + 16)
 #define GK_F64(i) GK_F32(i), GK_F32(i + 32)
 
+#define GK_LIST_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define GK_LIST_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31"
 #define GK_LIST_40 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
 #define GK_LIST_48 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47"
@@ -249,6 +250,7 @@ struct Wgmma;
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) GK_TEN(6) GK_TEN(7) GK_TEN(8) \
         GK_TEN(9) GK_TEN(10) GK_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
 
+#define GK_ACCUMULATOR_16 GK_F16(0)
 #define GK_ACCUMULATOR_32 GK_F32(0)
 #define GK_ACCUMULATOR_40 GK_F32(0), GK_F4(32), GK_F4(36)
 #define GK_ACCUMULATOR_48 GK_F32(0), GK_F16(32)
@@ -283,6 +285,7 @@ struct Wgmma;
     GK_WGMMA_OF(N, R, __nv_bfloat16, "bf16", __VA_ARGS__) \
     GK_WGMMA_OF(N, R, __half, "f16", __VA_ARGS__)
 
+GK_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 GK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 GK_WGMMA(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 GK_WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")

@@ -8,7 +8,6 @@ from ...torch_library import torch_op
 from .outputs import bwd_outputs, fwd_outputs
 
 MAX_TOKENS = 1 << 28
-MAX_TRAINED_HEAD_SIZE = 128
 # The kernels' word for a mask that does not end on one side of the diagonal.
 UNBOUNDED = 1 << 30
 
@@ -30,8 +29,6 @@ def unsupported(
         return "has no dropout"
     if q.shape[-1] % 8:
         return f"takes head sizes that are multiples of 8, not {q.shape[-1]}"
-    if q.shape[-1] > MAX_TRAINED_HEAD_SIZE and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return f"has gradients for head sizes up to {MAX_TRAINED_HEAD_SIZE}, not {q.shape[-1]}"
     if max(x.shape[-2 if x.ndim == 4 else 0] for x in (q, k)) > MAX_TOKENS:
         return f"takes up to {MAX_TOKENS} tokens"
     for name, x in (("q", q), ("k", k), ("v", v)):
