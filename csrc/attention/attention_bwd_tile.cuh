@@ -42,6 +42,67 @@ int64_t attention_bwd_workspace(const AttentionShape& shape, void* base, Attenti
     return at - static_cast<char*>(base);
 }
 
+// The main kernel.
+template <int HeadDim>
+struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
+    using AttentionBwdBlock<HeadDim>::kBlockM;
+    using AttentionBwdBlock<HeadDim>::kBlockN;
+    using AttentionBwdBlock<HeadDim>::kSplitDqRows;
+    using AttentionBwdBlock<HeadDim>::kDqColumns;
+    static constexpr int kConsumers = 2;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int kStages = 2;
+    // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns. Then
+    // each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
+    static constexpr bool kSplitColumns = HeadDim == 256;
+    static constexpr int kScoreColumns = kSplitColumns ? kBlockM / 2 : kBlockM;
+    static constexpr int kGradientColumns = kSplitColumns ? HeadDim / 2 : HeadDim;
+    // Whether dv multiplies while dscores are turned into gradients: both need the registers of a block of scores.
+    static constexpr bool kDvFirst = HeadDim == 128;
+
+    static constexpr int kPanel = 64, kRowBytes = 128;
+    static constexpr int kPanels = HeadDim / kPanel;
+    static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
+    static constexpr int kQBytes = 2 * kBlockM * HeadDim;
+    static constexpr int kStatisticsBytes = 4 * kBlockM;
+    static constexpr int kDsBytes = 2 * kBlockM * kBlockN;
+    static constexpr int kDqPieces = kSplitColumns ? 4 : 1;  // what of dq goes out at a time
+    static constexpr int kDqRegisters = kDqColumns / 2 / kDqPieces;
+    static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
+    static constexpr int kOutPitch = 2 * kGradientColumns + 16;
+    static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
+
+    static constexpr int kK = 0;
+    static constexpr int kV = kK + kKvBytes;
+    static constexpr int kQ = kV + kKvBytes;
+    static constexpr int kDout = kQ + kStages * kQBytes;
+    static constexpr int kDs = kDout + kStages * kQBytes;
+    static constexpr int kWeights = kDs + kDsBytes;
+    static constexpr int kDq = kWeights + (kSplitColumns ? kDsBytes : 0);
+    static constexpr int kOut = kSplitColumns ? kK : kDq + kConsumers * kDqBytes;
+    static constexpr int kLse = kDq + kConsumers * kDqBytes + (kSplitColumns ? 0 : kConsumers * kOutBytes);
+    static constexpr int kDelta = kLse + kStages * kStatisticsBytes;
+    static constexpr int kTiles = kDelta + kStages * kStatisticsBytes;
+    static constexpr int kQFull = kTiles + 2 * sizeof(AttentionTile), kQEmpty = kQFull + 8 * kStages;
+    static constexpr int kDoutFull = kQEmpty + 8 * kStages, kDoutEmpty = kDoutFull + 8 * kStages;
+    static constexpr int kDqFull = kDoutEmpty + 8 * kStages, kDqEmpty = kDqFull + 8 * kConsumers;
+    static constexpr int kTileFull = kDqEmpty + 8 * kConsumers, kTileEmpty = kTileFull + 16;
+    static constexpr int kKvFull = kTileEmpty + 16, kKvEmpty = kKvFull + 8, kDsEmpty = kKvEmpty + 8;
+    static constexpr int kSharedBytes = kDsEmpty + 8;
+    static_assert(kSharedBytes <= 232448, "");
+};
+
+struct AttentionBwdArguments {
+    CUtensorMap q, dout, k, v;
+    AttentionShape shape;
+    AttentionTileOrder order;
+    AttentionStrides dk_strides, dv_strides;
+    void *dk, *dv;
+    AttentionBwdWorkspace workspace;
+    bool deterministic;
+};
+
 #ifdef __CUDACC__
 
 // The slot of a sequence's first block of queries. Documents start at multiples of BlockM, at no more than one block's
