@@ -1,3 +1,12 @@
+"""Attention, dense or banded: `window` is the number of keys that a query sees, its own included.
+
+What others call the same:
+    transformers   sliding_window=W              window=W
+    flash-attn     window_size=(w, 0)            window=w + 1
+    flash-attn     window_size=(w, w)            window=w + 1, causal=False
+    OpenAI sparse  local attention, W keys       window=W
+"""
+
 from .decode import decode_attention
 from .op import AttentionFunction, attention
 

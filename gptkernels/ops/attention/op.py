@@ -32,7 +32,7 @@ def attention(
     Strides are free as long as the last dimension is contiguous; a tensor where it is not is copied once.
 
     window: how many keys a query sees, its own included (causal), or keys at a distance below `window`
-        (causal=False); None: all. See visibility.py for what other libraries call the same.
+        (causal=False); None: all. gptkernels.ops.attention says what other libraries call the same.
     scale: positive, 1 / sqrt(D) by default.
     dropout: applied whenever it is > 0: pass 0.0 in evaluation.
     key_start: (B,) int32, the first key of each row that is not left padding; clamped to 0 ... Tk.

@@ -5,11 +5,6 @@ Query i of Tq stands at position i + Tk - Tq among the keys: the last query is a
     causal, window w:          position - w < j <= position      (w keys, the query's own included)
     not causal, window w:      |position - j| < w
 and j is not left padding (j >= key_start). `window=None`, or one that covers the sequence, is dense.
-
-    transformers   sliding_window=W              window=W
-    flash-attn     window_size=(w, 0)            window=w + 1
-    flash-attn     window_size=(w, w)            window=w + 1, causal=False
-    OpenAI sparse  local attention, W keys       window=W
 """
 
 import torch
