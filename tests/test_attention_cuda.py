@@ -1,6 +1,7 @@
 """CUDA C++ attention: against the float64 reference, under many schedules of the simulator or on a Hopper GPU."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from parity import assert_parity, guarded_allocations
 
 import gptkernels as gk
 from gptkernels import UnsupportedError
-from gptkernels.ops.attention import cuda_kernels, reference
+from gptkernels.ops.attention import cuda_kernels, outputs, reference
 
 SEEDS = range(20)
 
@@ -126,6 +127,29 @@ def test_layouts(hopper, layout):
     assert sorted(range(4), key=lambda i: -out.stride(i)) == sorted(range(4), key=lambda i: -tensors["q"].stride(i))
 
 
+def test_strides_beyond_32_bits(hopper):
+    """Rows of the batch 4 GiB apart, of which only what is used is ever touched."""
+    shape, apart = (2, 1, 70, 64), 2**31
+
+    def far_apart():
+        x = torch.empty(apart + 70 * 64, dtype=torch.bfloat16, device=hopper.device)
+        return x.as_strided(shape, (apart, 70 * 64, 64, 1)).copy_(torch.randn(shape))
+
+    tensors = {name: far_apart() for name in "qkv"}
+    near = {name: x.contiguous().requires_grad_() for name, x in tensors.items()}
+    out = gk.attention(**near, backend="cuda")
+    dout = far_apart()
+    expected = (out, *torch.autograd.grad(out, tuple(near.values()), dout.contiguous()))
+    options = (None, None, None, True, None, 64**-0.5, 0.0)
+    q, k, v = tensors.values()
+    # Outputs that are as far apart: the launchers' own would be dense.
+    with mock.patch.object(outputs, "empty_in_order_of", side_effect=lambda x: far_apart().fill_(torch.nan)):
+        out, lse = cuda_kernels.attention_fwd(q, k, v, *options)
+        grads = cuda_kernels.attention_bwd(dout, q, k, v, out, lse, *options, True)
+    for value, truth in zip((out, *grads), expected, strict=True):
+        torch.testing.assert_close(value, truth)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_grouped_heads(hopper, kv_heads):
     assert_attention_parity(leaves(hopper, 2, 6, kv_heads, 140, 200, 64, torch.bfloat16), window=90)
@@ -229,6 +253,23 @@ def test_large_scores(hopper):
         with torch.no_grad():
             tensors["k"].mul_(ramp)
         assert_attention_parity(tensors, causal=False, scale=1.0)
+
+
+def test_compiles_in_one_graph(hopper):
+    tensors = leaves(hopper, 1, 2, 1, 130, 130, 64, torch.bfloat16)
+
+    def run(q, k, v):
+        return gk.attention(q, k, v, window=50, backend="cuda").square().sum()
+
+    expected = torch.autograd.grad(run(**tensors), tuple(tensors.values()))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    # Alignment is not known when the graph is made, so a misaligned q is copied rather than refused.
+    misaligned = torch.zeros(tensors["q"].numel() + 1, dtype=torch.bfloat16, device=hopper.device)[1:]
+    misaligned = misaligned.view_as(tensors["q"]).copy_(tensors["q"].detach()).requires_grad_()
+    for q in (tensors["q"], misaligned):
+        leaf = (q, tensors["k"], tensors["v"])
+        for value, truth in zip(torch.autograd.grad(compiled(*leaf), leaf), expected, strict=True):
+            torch.testing.assert_close(value, truth)
 
 
 @pytest.mark.parametrize(

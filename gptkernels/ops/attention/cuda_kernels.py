@@ -40,14 +40,18 @@ def unsupported(
 
 def not_addressable(x: Tensor) -> str | None:
     """x: (B, H, T, D) or (T, H, D). Why the bulk copy engine cannot read it, or None"""
-    # While compiling there is no address; the allocator's are aligned.
-    at = x.storage_offset() * x.element_size() if torch.compiler.is_compiling() else x.data_ptr()
-    if at % 16:
+    # While compiling there is no address to look at; the launchers copy what then turns out to be misaligned.
+    if not torch.compiler.is_compiling() and x.data_ptr() % 16:
         return "does not start at a multiple of 16 bytes"
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size > 1 and (stride % 8 or stride == 0):
             return f"has a stride of {stride} elements, which must be a positive multiple of 8"
     return None
+
+
+def addressable(x: Tensor) -> Tensor:
+    """x: (B, H, T, D) or (T, H, D), or a copy of it that the bulk copy engine can read"""
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or not_addressable(x) else x
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -82,6 +86,7 @@ def attention_fwd(
     out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
+    q, k, v = map(addressable, (q, k, v))
     cuda_library.launch(
         "attention_fwd",
         q,
@@ -124,8 +129,7 @@ def attention_bwd(
         for grad in grads:
             grad.zero_()
         return grads
-    if dout.stride(-1) != 1 or not_addressable(dout):
-        dout = dout.contiguous()
+    dout, q, k, v = map(addressable, (dout, q, k, v))
     shape = shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale)
     addresses = (0 if x is None else x.data_ptr() for x in (key_start, cu_seqlens))
     workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(*shape[:-2], *addresses)
