@@ -272,6 +272,20 @@ def test_compiles_in_one_graph(hopper):
             torch.testing.assert_close(value, truth)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_ops_are_well_formed(hopper, packed):
+    shape = (40, 2, 64) if packed else (1, 2, 40, 64)
+    q, k, v, dout = (torch.randn(shape).to(hopper.device, torch.bfloat16) for _ in range(4))
+    bounds = torch.tensor([0, 10, 40], dtype=torch.int32, device=hopper.device) if packed else None
+    variables, options = (None, bounds, None), (True, 9, 0.125, 0.0)
+    out, lse = cuda_kernels.attention_fwd(q, k, v, *variables, *options)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(cuda_kernels.attention_fwd.torch_op, (q, k, v, *variables, *options), test_utils=tests)
+    torch.library.opcheck(
+        cuda_kernels.attention_bwd.torch_op, (dout, q, k, v, out, lse, *variables, *options, True), test_utils=tests
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -104,3 +104,26 @@ def test_executes_no_more_than_flash_attention_3(main_kernel_last, direction, to
     stores = rows if direction == "fwd" else m * 128 * 4 * tiles + 2 * rows
     assert stats.tma_load_bytes == loads
     assert stats.tma_store_bytes == stores
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("causal", "window"), [(True, 1), (True, 129), (True, 400), (False, 100)])
+def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
+    """Tensor-core FLOPs are those of the blocks that hold a visible pair of a query and a key, and no others."""
+    tokens = 900
+    q, k, v = (torch.randn(1, 1, tokens, head_dim).bfloat16() for _ in range(3))
+    options = (None, None, None, causal, window, 0.1, 0.0)
+    i = torch.arange(tokens)
+    distance = i[:, None] - i
+    visible = (distance < window) & (distance >= 0 if causal else distance > -window)
+
+    def flops(m, n, per_pair):
+        padded = torch.nn.functional.pad(visible, (0, -tokens % n, 0, -tokens % m))
+        blocks = padded.unflatten(0, (-1, m)).unflatten(2, (-1, n)).any(3).any(1).sum()
+        return per_pair * m * n * head_dim * int(blocks)
+
+    with using(main_kernel_last), simulator.use(arch=90):
+        out, lse = cuda_kernels.attention_fwd(q, k, v, *options)
+        assert counters().tensor_flops == flops(192 if head_dim == 64 else 128, 80 if head_dim == 256 else 128, 4)
+        cuda_kernels.attention_bwd(torch.randn_like(q), q, k, v, out, lse, *options, False)
+        assert counters().tensor_flops == flops(128 if head_dim == 64 else 64, 64 if head_dim == 256 else 128, 10)
