@@ -8,6 +8,17 @@ print(gk.explain(gk.layer_norm, x, weight, bias))     # which one that is, and w
 from .dispatch import UnsupportedError, explain
 from .ops.attention import attention, decode_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.mlp import mlp
 
 __version__ = "0.1.0"
-__all__ = ["UnsupportedError", "add_layer_norm", "attention", "decode_attention", "explain", "layer_norm"]
+__all__ = [
+    "UnsupportedError",
+    "add_layer_norm",
+    "attention",
+    "decode_attention",
+    "explain",
+    "layer_norm",
+    "linear_cross_entropy",
+    "mlp",
+]

@@ -19,9 +19,14 @@ from .ops.attention import reference as attention_reference
 from .ops.dropout import draw_seed
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.layer_norm import reference as layer_norm_reference
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_cross_entropy import reference as loss_reference
+from .ops.mlp import mlp
+from .ops.mlp import reference as mlp_reference
 from .parity import assert_parity
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+INTEGER_DTYPES = {"cu_seqlens": torch.int32, "lengths": torch.int32, "targets": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,16 @@ class Case:
     reference: Callable
     shapes: dict[str, tuple[int, ...]]  # of the random tensors, by argument name
     kwargs: dict = field(default_factory=dict)
-    integers: dict[str, list[int]] = field(default_factory=dict)  # int32 arguments, such as cu_seqlens
+    integers: dict[str, list[int]] = field(default_factory=dict)  # such as cu_seqlens (int32) and targets (int64)
     has_gradients: bool = True
 
     def tensors(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {
-            name: torch.randn(shape, device=device).to(dtype).requires_grad_(self.has_gradients)
-            for name, shape in self.shapes.items()
-        }
+        def leaf(name, shape):
+            # Matrices of weights as they are initialised, so that what comes out is of the size of what goes in.
+            scale = shape[-1] ** -0.5 if name.endswith("weight") and len(shape) == 2 else 1.0
+            return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(self.has_gradients)
+
+        return {name: leaf(name, shape) for name, shape in self.shapes.items()}
 
     def run(self, backend: str, dtype: torch.dtype, device: torch.device) -> float:
         """The share of the allowed error that was used up; ParityError above 1."""
@@ -50,7 +57,7 @@ class Case:
         if self.kwargs.get("dropout"):
             torch.manual_seed(seed)
             reference_kwargs["seed"] = draw_seed(device).cpu()
-        integers = {name: torch.tensor(value, dtype=torch.int32) for name, value in self.integers.items()}
+        integers = {name: torch.tensor(value, dtype=INTEGER_DTYPES[name]) for name, value in self.integers.items()}
 
         def op(**arguments):
             torch.manual_seed(seed)
@@ -125,11 +132,43 @@ def decode_attention_cases(small: bool) -> Iterator[Case]:
         )
 
 
+def mlp_cases(small: bool) -> Iterator[Case]:
+    sizes = [(40, 64, 256), (33, 72, 200)] if small else [(1000, 768, 3072), (4096, 1600, 6400), (333, 4096, 16384)]
+    for rows, d, hidden in sizes:
+        shapes = {
+            "x": (rows, d),
+            "fc_weight": (hidden, d),
+            "fc_bias": (hidden,),
+            "proj_weight": (d, hidden),
+            "proj_bias": (d,),
+        }
+        for activation in ("gelu_tanh", "silu"):
+            label = f"{rows} x {d} x {hidden}, {activation}"
+            yield Case(label, mlp, mlp_reference.mlp, shapes, {"activation": activation})
+
+
+def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
+    sizes = [(40, 64, 1003), (7, 48, 5001)] if small else [(1000, 768, 50257), (4096, 1024, 30000)]
+    for rows, d, vocabulary in sizes:
+        targets = torch.randint(0, vocabulary, (rows,)).index_fill(0, torch.arange(0, rows, 5), -100).tolist()
+        for reduction in ("mean", "none"):
+            yield Case(
+                f"{rows} x {d} x {vocabulary}, {reduction}",
+                linear_cross_entropy,
+                loss_reference.linear_cross_entropy,
+                {"x": (rows, d), "weight": (vocabulary, d)},
+                {"reduction": reduction},
+                {"targets": targets},
+            )
+
+
 CASES = {
     "layer_norm": layer_norm_cases,
     "add_layer_norm": add_layer_norm_cases,
     "attention": attention_cases,
     "decode_attention": decode_attention_cases,
+    "mlp": mlp_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
 }
 
 

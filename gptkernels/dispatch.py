@@ -19,14 +19,17 @@ class UnsupportedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend would run a call, and why each one passed over would not."""
+    """Which backend would run a call, with what (where it has a choice of its own), and why others would not."""
 
     op: str
     backend: str | None
     reasons: dict[str, str]
+    detail: str = ""
 
     def __str__(self):
-        lines = [f"{self.op}: {self.backend or 'no backend'} runs this call"]
+        lines = [
+            f"{self.op}: {self.backend or 'no backend'} runs this call" + (f" ({self.detail})" * bool(self.detail))
+        ]
         return "\n".join(lines + [f"  {backend}: {reason}" for backend, reason in self.reasons.items()])
 
 
@@ -45,7 +48,8 @@ def choose(op: str, backends: dict[str, ModuleType], backend: str, device, args:
     for name in candidates(op, device, backend):
         reason = backends[name].unsupported(*args) if name in backends else f"{op} has no such kernels"
         if reason is None:
-            return Choice(op, name, reasons)
+            describe = getattr(backends[name], "describe", None)
+            return Choice(op, name, reasons, describe(*args) if describe and _listener else "")
         reasons[name] = reason
     return Choice(op, None, reasons)
 

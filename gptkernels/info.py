@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, cuda_build, cuda_library, dispatch, simulator
-from .ops.attention import attention
+from .ops.attention import attention, decode_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.mlp import mlp
 
 
 def module_version(name: str) -> str | None:
@@ -53,6 +55,9 @@ def samples(device: torch.device) -> dict:
         "layer_norm": (layer_norm, (x, weight)),
         "add_layer_norm": (add_layer_norm, (x, x, weight)),
         "attention": (attention, (q, q, q)),
+        "decode_attention": (decode_attention, (q, q, q, torch.full((1,), 16, dtype=torch.int32, device=device))),
+        "mlp": (mlp, (x, x, None, torch.zeros(64, 2, device=device, dtype=torch.bfloat16), None)),
+        "linear_cross_entropy": (linear_cross_entropy, (x, x, torch.zeros(2, dtype=torch.int64, device=device))),
     }
 
 

@@ -29,7 +29,7 @@ class Compiled:
 
     @property
     def machine_code(self) -> "MachineCode":
-        return assemble(self.ptx, "sm_90a" if self.arch == 90 else f"sm_{self.arch}a" if self.arch >= 100 else "sm_80")
+        return assemble(self.ptx, f"sm_{self.arch}" + "a" * (self.arch >= 90))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ ACTIVATIONS = {
     "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
     "relu": lambda x: x.clamp(min=0),
     "relu2": lambda x: x.clamp(min=0) ** 2,
-    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "silu": lambda x: x * torch.sigmoid(x),
 }
 
 

@@ -115,6 +115,44 @@ def product_tile(
 
 
 @triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) -> its left and right halves. An epilogue of half a tile at a time needs fewer registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def mlp_fwd_epilogue(
+    total,  # (BLOCK_M, BLOCK_N) float32: x @ weight.T at (m, n)
+    m,
+    n,
+    M,
+    N,
+    bias_ptr,
+    residual_ptr,
+    preact_ptr,
+    out_ptr,
+    residual_stride,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_PREACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    column = (n + tl.arange(0, BLOCK_N))[None, :]
+    mask = (row < M) & (column < N)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    if HAS_PREACT:
+        tl.store(preact_ptr + row * N + column, total.to(preact_ptr.dtype.element_ty), mask=mask)
+    out = activate(total, ACTIVATION)
+    if HAS_RESIDUAL:
+        out += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * N + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def mlp_fwd_kernel(
     x,  # (M, K)
     weight,  # (N, K)
@@ -144,17 +182,44 @@ def mlp_fwd_kernel(
         total = product_tile(
             x, weight, m, n, M, N, K, x_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, True, TMA, PRECISION
         )
-        row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-        column = (n + tl.arange(0, BLOCK_N))[None, :]
-        mask = (row < M) & (column < N)
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-        if HAS_PREACT:
-            tl.store(preact_ptr + row * N + column, total.to(preact_ptr.dtype.element_ty), mask=mask)
-        out = activate(total, ACTIVATION)
-        if HAS_RESIDUAL:
-            out += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row * N + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+        for half in tl.static_range(2):
+            mlp_fwd_epilogue(
+                halves(total, BLOCK_M, BLOCK_N)[half], m, n + half * (BLOCK_N // 2), M, N, bias_ptr, residual_ptr,
+                preact_ptr, out_ptr, residual_stride, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, HAS_PREACT, BLOCK_M,
+                BLOCK_N // 2,
+            )  # fmt: skip
+
+
+@triton.jit
+def mlp_bwd_epilogue(
+    total,  # (BLOCK_M, BLOCK_N) float32: dout @ weight at (m, n)
+    m,
+    n,
+    M,
+    N,
+    preact_ptr,
+    act_ptr,
+    grad_ptr,
+    partials_ptr,  # (N,): of this tile's rows
+    ACTIVATION: tl.constexpr,
+    HAS_ACT: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    column = (n + tl.arange(0, BLOCK_N))[None, :]
+    mask = (row < M) & (column < N)
+    preact = tl.load(preact_ptr + row * N + column, mask=mask, other=0.0).to(tl.float32)
+    act, slope = activate_and_slope(preact, ACTIVATION)
+    if HAS_ACT:
+        tl.store(act_ptr + row * N + column, act.to(act_ptr.dtype.element_ty), mask=mask)
+    # Rounded first, so that the bias's gradient is the sum of the very numbers that the others are made from.
+    grad = (total * slope).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + row * N + column, grad, mask=mask)
+    if HAS_PARTIALS:
+        column = n + tl.arange(0, BLOCK_N)
+        tl.store(partials_ptr + column, tl.sum(grad.to(tl.float32), axis=0), mask=column < N)
 
 
 @triton.jit
@@ -185,17 +250,9 @@ def mlp_bwd_kernel(
         total = product_tile(
             dout, weight, m, n, M, N, K, dout_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, False, TMA, PRECISION
         )
-        row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-        column = (n + tl.arange(0, BLOCK_N))[None, :]
-        mask = (row < M) & (column < N)
-        preact = tl.load(preact_ptr + row * N + column, mask=mask, other=0.0).to(tl.float32)
-        act, slope = activate_and_slope(preact, ACTIVATION)
-        if HAS_ACT:
-            tl.store(act_ptr + row * N + column, act.to(act_ptr.dtype.element_ty), mask=mask)
-        # Rounded first, so that the bias's gradient is the sum of the very numbers that the others are made from.
-        grad = (total * slope).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + row * N + column, grad, mask=mask)
-        if HAS_PARTIALS:
-            sums = tl.sum(grad.to(tl.float32), axis=0)
-            column = n + tl.arange(0, BLOCK_N)
-            tl.store(partials_ptr + (m // BLOCK_M).to(tl.int64) * N + column, sums, mask=column < N)
+        partials = partials_ptr + (m // BLOCK_M).to(tl.int64) * N
+        for half in tl.static_range(2):
+            mlp_bwd_epilogue(
+                halves(total, BLOCK_M, BLOCK_N)[half], m, n + half * (BLOCK_N // 2), M, N, preact_ptr, act_ptr,
+                grad_ptr, partials, ACTIVATION, HAS_ACT, HAS_PARTIALS, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip

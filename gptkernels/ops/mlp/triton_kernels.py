@@ -19,8 +19,15 @@ GEMM_LAUNCH = {
     90: (128, 256, 64, 8, 3),
     100: (128, 256, 64, 8, 3),
 }
-# The same for float32 on every arch, and for 16-bit types with few rows.
-FLOAT_LAUNCH = (64, 64, 32, 4, 3)
+# The same for backward, whose epilogue needs more registers.
+GEMM_BWD_LAUNCH = {
+    80: (128, 128, 32, 8, 4),
+    89: (128, 128, 32, 8, 3),
+    90: (128, 128, 64, 8, 4),
+    100: (128, 128, 64, 8, 4),
+}
+# The same for float32 on every arch, and for 16-bit types with few rows, in both directions.
+FLOAT_LAUNCH = (64, 64, 16, 8, 2)
 FEW_ROWS_LAUNCH = (64, 128, 64, 4, 3)
 FEW_ROWS = 256
 GROUP_M = 8
@@ -49,11 +56,11 @@ def describe(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor
     return "fused epilogues" if is_fused(x, fc_weight) else "cuBLAS and a fused pointwise pass"
 
 
-def gemm_launch(a: Tensor, rows: int) -> dict:
+def gemm_launch(table: dict, a: Tensor) -> dict:
     if a.dtype == torch.float32:
         row = FLOAT_LAUNCH
     else:
-        row = FEW_ROWS_LAUNCH if rows <= FEW_ROWS else nearest(GEMM_LAUNCH, hardware.arch(a.device))
+        row = FEW_ROWS_LAUNCH if a.shape[0] <= FEW_ROWS else nearest(table, hardware.arch(a.device))
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, row, strict=True)), "GROUP_M": GROUP_M}
 
@@ -92,7 +99,7 @@ def fused_linear(
     """out: (M, N) = activation(x @ weight.T + bias) + residual; preact: (M, N) = x @ weight.T + bias.
     x: (M, K), weight: (N, K), bias: (N,), residual: (M, N)"""
     (M, K), N = x.shape, weight.shape[0]
-    launch, tma = gemm_launch(x, M), takes_tma(x, weight)
+    launch, tma = gemm_launch(GEMM_LAUNCH, x), takes_tma(x, weight)
     with hardware.on_device(x.device):
         mlp_fwd_kernel[gemm_grid(launch, M, N, x.device)](
             operand(x, tma, launch["BLOCK_M"], launch["BLOCK_K"]),
@@ -123,7 +130,7 @@ def fused_grad_preact(
     """-> dout @ proj_weight * activation'(preact): (M, N), and its column sums in parts: (P, N). act: (M, N) is filled.
     dout: (M, K), proj_weight: (K, N), preact: (M, N)"""
     (M, K), N = dout.shape, proj_weight.shape[1]
-    launch, tma = gemm_launch(dout, M), takes_tma(dout, proj_weight)
+    launch, tma = gemm_launch(GEMM_BWD_LAUNCH, dout), takes_tma(dout, proj_weight)
     grad = torch.empty((M, N), dtype=dout.dtype, device=dout.device)
     parts = (triton.cdiv(M, launch["BLOCK_M"]), N)
     partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None

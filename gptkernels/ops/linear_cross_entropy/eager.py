@@ -1,0 +1,68 @@
+"""The chunked loss with PyTorch's own kernels: every device and dtype, and what the others are measured against."""
+
+import torch
+from torch import Tensor
+
+from ...torch_library import torch_op
+from . import chunks
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    return None
+
+
+def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:
+    """See chunks.ChunkLoss."""
+    scores = logits.float()
+    torch.logsumexp(scores, 1, out=lse)
+    counted = targets != ignore_index
+    # Where a target is out of range the loss is NaN, and nothing outside of the row is read.
+    valid = (targets >= 0) & (targets < logits.shape[1])
+    index = targets.where(valid, 0).unsqueeze(1)
+    torch.sub(lse, scores.gather(1, index).squeeze(1), out=losses)
+    losses.masked_fill_(~valid, torch.nan).masked_fill_(~counted, 0)
+    if not with_grad:
+        return
+    row_scale = scale.expand(targets.shape).masked_fill(~valid, torch.nan).masked_fill(~counted, 0).unsqueeze(1)
+    # In place where the logits are float32 already.
+    probabilities = scores.sub_(lse.unsqueeze(1)).exp_().mul_(row_scale)
+    probabilities.scatter_add_(1, index, -row_scale)
+    # 0 * NaN or Inf of an ignored row's logits is not 0.
+    probabilities.masked_fill_(~counted.unsqueeze(1), 0)
+    if probabilities.data_ptr() != logits.data_ptr():
+        logits.copy_(probabilities)
+
+
+@torch_op(fake=chunks.fwd_outputs)
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    needs_x: bool,
+    needs_weight: bool,
+    float_weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x: (M, d), weight: (V, d), targets: (M,) -> loss, lse: (M,), gradients of x and weight"""
+    return chunks.forward(
+        chunk_loss, x, weight, targets, ignore_index, reduction, needs_x, needs_weight, float_weight_grad
+    )
+
+
+@torch_op(fake=chunks.bwd_outputs)
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    needs_x: bool,
+    needs_weight: bool,
+    float_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d); the logits are computed again"""
+    return chunks.over_chunks(
+        chunk_loss, x, weight, targets, dloss, ignore_index, needs_x, needs_weight, float_weight_grad
+    )[2:]

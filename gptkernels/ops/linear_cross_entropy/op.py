@@ -1,0 +1,106 @@
+"""The loss of a language model straight from the hidden states: cross-entropy of x @ weight.T, without its logits."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from ...dispatch import select
+from ...torch_library import first_order_only
+from .. import checks
+from ..layer_norm.op import as_rows
+from . import eager, triton_kernels
+
+BACKENDS = {"triton": triton_kernels, "eager": eager}
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """F.cross_entropy(x @ weight.T, targets) in float32, a few rows of logits at a time.
+
+    x: (..., d), weight: (V, d), targets: (...) int64 -> () or, with reduction="none", (...), float32.
+    With "mean" and "sum" the gradients are made in the forward pass; "none" computes the logits again in backward. The
+    weight's gradient is summed up in float32. Under autocast x and weight are cast to its dtype; a float32 weight then
+    gets the float32 sum as its gradient, never rounded.
+    Targets are checked to be in 0 ... V - 1 (or ignore_index) on the CPU, and on a GPU if GPTKERNELS_CHECKED=1 is set
+    (it waits for the GPU); unchecked, a target out of range gives a loss of NaN.
+    """
+    check_tensors(x, weight, targets)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if targets.device.type == "cpu" or os.environ.get("GPTKERNELS_CHECKED") == "1":
+        check_range(targets, weight.shape[0], ignore_index)
+    kernels = select("linear_cross_entropy", BACKENDS, backend, x.device, (x, weight))
+    rows, weight, flat = as_rows(x), weight.contiguous(), targets.reshape(-1).contiguous()
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    loss = LinearCrossEntropyFunction.apply(kernels, rows, weight, flat, ignore_index, reduction, dtype)
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, x, weight, targets, ignore_index, reduction, dtype):
+        needs = ctx.needs_input_grad[1:3]
+        float_weight_grad = weight.dtype == torch.float32
+        operands = x.to(dtype), weight.to(dtype), targets
+        loss, lse, grad_x, grad_weight = kernels.linear_cross_entropy_fwd(
+            *operands, ignore_index, reduction, *needs, float_weight_grad
+        )
+        later = (targets, lse) if reduction == "none" else (grad_x.to(x.dtype), grad_weight)
+        ctx.save_for_backward(x, weight, *later)
+        ctx.kernels, ctx.options = kernels, (ignore_index, *needs, float_weight_grad)
+        ctx.reduction, ctx.dtype = reduction, dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, weight, *later = ctx.saved_tensors
+        if ctx.reduction == "none":
+            targets, lse = later
+            operands = x.to(ctx.dtype), weight.to(ctx.dtype), targets, lse
+            dloss = dloss.contiguous()
+            grad_x, grad_weight = ctx.kernels.linear_cross_entropy_bwd(dloss, *operands, *ctx.options)
+            grads = grad_x.to(x.dtype), grad_weight
+        else:
+            grads = [(grad * dloss).to(grad.dtype) for grad in later]
+        grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:3], strict=True))
+        return (
+            None,
+            *first_order_only("linear_cross_entropy", grads, (dloss, x, weight)),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def check_tensors(x, weight, targets) -> None:
+    checks.check_tensor("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have a last dimension of at least 1, not shape {tuple(x.shape)}")
+    same = checks.DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
+    checks.check_tensor("weight", weight, dtypes=same, ndim=2, device=x.device)
+    if weight.numel() == 0:
+        raise ValueError(f"weight must not be empty, but has shape {tuple(weight.shape)}")
+    checks.check_shape("weight", weight, (weight.shape[0], x.shape[-1]), "(vocabulary, x's last dimension)")
+    checks.check_tensor("targets", targets, dtypes=(torch.int64,), device=x.device)
+    checks.check_shape("targets", targets, x.shape[:-1], "x's shape without the last dimension")
+
+
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    if torch.compiler.is_compiling() or type(targets) is not Tensor or targets.numel() == 0:
+        return
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if wrong.any():
+        raise ValueError(
+            f"targets must be 0 ... {vocabulary - 1} or ignore_index ({ignore_index}), not {targets[wrong][0].item()}"
+        )

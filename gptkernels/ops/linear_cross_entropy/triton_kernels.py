@@ -1,0 +1,123 @@
+"""The chunked loss with one Triton kernel over the rows of a chunk; the products are cuBLAS's."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import hardware
+from ...torch_library import torch_op
+from . import chunks
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits_ptr,  # (R, V), rows stride apart; replaced by their gradient if WITH_GRAD
+    targets_ptr,  # (R,) int64
+    losses_ptr,  # (R,) float32
+    lse_ptr,  # (R,) float32
+    scale_ptr,  # () or (R,) float32
+    V,
+    stride,
+    scale_stride,
+    ignore_index,
+    WITH_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row a program: a running maximum and sum, then the loss, then the gradient over the logits themselves."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(targets_ptr + row)
+    counted = target != ignore_index
+    valid = (target >= 0) & (target < V)
+    lane = tl.arange(0, BLOCK)
+
+    peak = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        scores = tl.load(logits_ptr + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, scores, propagate_nan=tl.PropagateNan.ALL)
+        # A lane that has seen nothing but -inf has a sum of 0, not exp(-inf + inf).
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(peak - base) + tl.exp(scores - base)
+        peak = higher
+    highest = tl.max(peak, axis=0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    lse = base + tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
+    right = tl.load(logits_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
+    tl.store(lse_ptr + row, lse)
+    tl.store(losses_ptr + row, tl.where(counted, lse - right, 0.0))
+
+    if WITH_GRAD:
+        # The logit of the target was read by every thread that will overwrite it.
+        tl.debug_barrier()
+        scale = tl.load(scale_ptr + row * scale_stride)
+        scale = tl.where(valid, scale, float("nan"))
+        for start in range(0, V, BLOCK):
+            column = start + lane
+            scores = tl.load(logits_ptr + column, mask=column < V, other=0.0).to(tl.float32)
+            grad = (tl.exp(scores - lse) - tl.where(column == target, 1.0, 0.0)) * scale
+            grad = tl.where(counted, grad, 0.0)
+            tl.store(logits_ptr + column, grad.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+# Longest row -> (BLOCK, num_warps), from benchmarks/tune_linear_cross_entropy.py.
+LAUNCH = {1024: (1024, 4), 8192: (2048, 8), 2**31: (4096, 16)}
+
+
+def unsupported(x: Tensor, weight: Tensor) -> str | None:
+    return hardware.triton_unsupported(x.device)
+
+
+def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:
+    """See chunks.ChunkLoss."""
+    block, warps = next(row for longest, row in LAUNCH.items() if logits.shape[1] <= longest)
+    with hardware.on_device(logits.device):
+        cross_entropy_kernel[(logits.shape[0],)](
+            logits,
+            targets,
+            losses,
+            lse,
+            scale,
+            logits.shape[1],
+            logits.stride(0),
+            0 if scale.ndim == 0 else scale.stride(0),
+            ignore_index,
+            WITH_GRAD=with_grad,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+@torch_op(fake=chunks.fwd_outputs)
+def linear_cross_entropy_fwd(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    needs_x: bool,
+    needs_weight: bool,
+    float_weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x: (M, d), weight: (V, d), targets: (M,) -> loss, lse: (M,), gradients of x and weight"""
+    return chunks.forward(
+        chunk_loss, x, weight, targets, ignore_index, reduction, needs_x, needs_weight, float_weight_grad
+    )
+
+
+@torch_op(fake=chunks.bwd_outputs)
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    needs_x: bool,
+    needs_weight: bool,
+    float_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d); the logits are computed again"""
+    return chunks.over_chunks(
+        chunk_loss, x, weight, targets, dloss, ignore_index, needs_x, needs_weight, float_weight_grad
+    )[2:]
