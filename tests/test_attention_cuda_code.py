@@ -65,9 +65,10 @@ def test_the_instructions_that_are_meant(library):
 @pytest.fixture(scope="module")
 def main_kernel_last(tmp_path_factory):
     """The library without the pass that follows the backward pass's main kernel, so that it is the last one counted."""
-    reason = simulator.cuda_unavailable()
-    if reason and (simulator.unavailable() or not cuda_build.find_nvcc() or "does not load beside" in reason):
-        pytest.skip(reason)
+    if simulator.unavailable() or not cuda_build.find_nvcc():
+        pytest.skip(simulator.unavailable() or "nvcc was not found")
+    if torch.version.cuda:
+        pytest.skip("this torch brings a CUDA runtime of its own, which libraries bind to instead of the simulator's")
     file = "attention_bwd_passes.cuh"
     text = (cuda_build.source_directory() / "attention" / file).read_text()
     edited, count = re.subn(r"attention_bwd_end_kernel<T, HeadDim><<<[^;]*;", ";", text)
