@@ -7,6 +7,7 @@
 #include <array>
 
 #include "attention/attention.h"
+#include "cross_entropy/cross_entropy.h"
 #include "layer_norm/layer_norm.h"
 
 extern const char* const kSourceHash;
@@ -91,6 +92,15 @@ int64_t attention_bwd_workspace_binding(int batch, int heads, int kv_heads, int 
                                                          scale, key_start, cu_seqlens));
 }
 
+int cross_entropy_binding(Address logits, Address targets, Address losses, Address lse, Address scale, int64_t rows,
+                          int64_t stride, int64_t scale_stride, int64_t ignore_index, int vocabulary, int dtype,
+                          bool with_grad, Address stream) {
+    return cross_entropy({pointer<void>(logits), pointer<int64_t>(targets), pointer<float>(losses), pointer<float>(lse),
+                          pointer<float>(scale), rows, stride, scale_stride, ignore_index, vocabulary,
+                          static_cast<DType>(dtype), with_grad},
+                         pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -101,6 +111,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("attention_fwd", &attention_fwd_binding);
     m.def("attention_bwd", &attention_bwd_binding);
     m.def("attention_bwd_workspace_bytes", &attention_bwd_workspace_binding);
+    m.def("cross_entropy", &cross_entropy_binding);
     m.def("layer_norm_fwd", &layer_norm_fwd_binding);
     m.def("layer_norm_bwd", &layer_norm_bwd_binding);
     m.def("layer_norm_bwd_partial_rows", &layer_norm_bwd_partial_rows);

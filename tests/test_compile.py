@@ -1,4 +1,4 @@
-"""Every kernel and launch-table row of LayerNorm compiles for each architecture, without spills, with wide loads."""
+"""Every launch of the Triton LayerNorm and what nvcc made of the CUDA kernels: no spills, wide loads."""
 
 import re
 import subprocess
@@ -68,20 +68,20 @@ def resource_usage(path: str, name: str) -> list[tuple[str, int, int]]:
     return [(function, int(registers), int(stack)) for function, registers, stack in found if name in function]
 
 
-def test_cuda_layer_norm_resources():
-    usage = resource_usage(library_or_skip().__file__, "layer_norm")
-    archs = len(cuda_library.load().archs.split("."))
-    # 5 pairs of dtypes x 4 row shapes x 2 directions, and a reduction for each dtype.
-    assert len(usage) == archs * (5 * 4 * 2 + 3)
+# 5 pairs of dtypes x 4 row shapes x 2 directions, and a reduction for each dtype; a kernel for each dtype.
+@pytest.mark.parametrize(("name", "count"), [("layer_norm", 5 * 4 * 2 + 3), ("cross_entropy", 3)])
+def test_cuda_resources(name, count):
+    usage = resource_usage(library_or_skip().__file__, name)
+    assert len(usage) == count * len(cuda_library.load().archs.split("."))
     assert [function for function, _, stack in usage if stack] == []
 
 
-def test_cuda_layer_norm_loads_16_bytes():
+def test_cuda_kernels_move_16_bytes():
     path = library_or_skip().__file__
     sass = subprocess.run([str(tool("cuobjdump")), "--dump-sass", path], capture_output=True, text=True, check=True)
     for body in re.split(r"\n\s*Function : ", sass.stdout)[1:]:
         name = body.split("\n", 1)[0]
-        if "layer_norm_fwd_kernel" in name or "layer_norm_bwd_kernel" in name:
+        if any(kernel in name for kernel in ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "cross_entropy_kernel")):
             assert "LDG.E.128" in body, f"{name} has no 16-byte loads"
             assert "STG.E.128" in body, f"{name} has no 16-byte stores"
 

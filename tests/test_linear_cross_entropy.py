@@ -13,9 +13,9 @@ from parity import assert_parity
 
 import gptkernels as gk
 from gptkernels import simulator
-from gptkernels.ops.linear_cross_entropy import chunks, eager, reference, triton_kernels
+from gptkernels.ops.linear_cross_entropy import chunks, cuda_kernels, eager, reference, triton_kernels
 
-BACKENDS = ["eager", "triton"]
+BACKENDS = ["eager", "triton", "cuda"]
 REDUCTIONS = ["mean", "sum", "none"]
 
 
@@ -227,7 +227,7 @@ def test_compile_and_opcheck(anywhere, backend):
             results.append((out, *torch.autograd.grad(out, tensors.values())))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
-    kernels = {"eager": eager, "triton": triton_kernels}[backend]
+    kernels = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}[backend]
     x, weight = (t.detach() for t in tensors.values())
     for options in ((-100, "mean", True, True, True), (3, "none", False, True, True), (3, "sum", True, False, False)):
         torch.library.opcheck(kernels.linear_cross_entropy_fwd.torch_op, (x, weight, targets, *options))

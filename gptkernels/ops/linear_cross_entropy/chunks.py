@@ -9,6 +9,7 @@ from torch import Tensor
 CHUNKS = 32
 # Below this many rows a chunk's products are too small to be efficient, and its logits too small to matter.
 MIN_ROWS = 64
+ROW_ELEMENTS = 8
 
 # A backend's work on one chunk: (logits, targets, losses, lse, scale, ignore_index, with_grad). logits: (R, V) are
 # replaced by d loss / d logits if with_grad; losses, lse: (R,) float32 are filled; targets: (R,) int64;
@@ -83,7 +84,9 @@ def over_chunks(
     grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
     weight_sum = torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
     step = chunk_rows(x.shape[0])
-    buffer = torch.empty((step, weight.shape[0]), dtype=x.dtype, device=x.device)
+    # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
+    padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
+    buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)[:, : weight.shape[0]]
     for start in range(0, x.shape[0], step):
         rows = slice(start, min(start + step, x.shape[0]))
         logits = torch.mm(x[rows], weight.mT, out=buffer[: rows.stop - start])
