@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, choices=(2, 4), nargs="*", default=(2, 4), help="per element")
     options = parser.parse_args()
     for element_size, kernel, row in itertools.product(options.bytes, options.kernel, options.head):
+        if row not in TABLES[90][element_size][kernel]:
+            continue
         best, time = tune(kernel, element_size, row, options.compile_for)
         print(json.dumps({"bytes": element_size, "kernel": kernel, "head": row, "row": best, "ms": time}), flush=True)
 

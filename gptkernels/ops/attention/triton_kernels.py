@@ -14,6 +14,8 @@ from .triton_launch import head_parts, launch_row
 LOG2E = 1.4426950408889634
 # Keys and values of the heads that programs work on at a time: what stays in an L2 cache beside everything else.
 SECTION_BYTES = 16 << 20
+# Larger ones, multiplied as three products of tfloat32, do not fit the registers in the smallest tiles there are.
+MAX_FLOAT32_HEAD_SIZE = 128
 
 
 def unsupported(
@@ -27,6 +29,8 @@ def unsupported(
     scale: float,
     dropout: float,
 ) -> str | None:
+    if q.element_size() == 4 and q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
+        return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {q.shape[-1]}"
     return hardware.triton_unsupported(q.device)
 
 
@@ -41,7 +45,7 @@ def shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, d
     rows, keys = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
     documents = cu_seqlens.shape[0] - 1 if packed else 0
     window = None if window is None else min(window, rows + keys)
-    d1, d2 = head_parts(q.shape[-1])
+    d1, d2 = head_parts(q.shape[-1], q.element_size())
     pointers = [q if x is None else x for x in (key_start, cu_seqlens, seed)]
     sizes = (rows, keys, documents, window or 0, scale * LOG2E, threshold(dropout), 1 / (1 - dropout))
     flags = {

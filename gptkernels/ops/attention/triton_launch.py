@@ -5,13 +5,10 @@ larger ones: 48, 96 and 192 stand for heads in two parts (see triton_blocks.py).
 """
 
 _FLOAT32 = {
-    "fwd": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 48: (32, 32, 4, 1), 64: (64, 32, 8, 2), 96: (16, 32, 4, 1),
-            128: (16, 32, 4, 1), 192: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "dq": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 48: (32, 32, 4, 1), 64: (32, 32, 8, 1), 96: (16, 16, 4, 1),
-           128: (16, 16, 4, 1), 192: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "dkdv": {16: (32, 64, 8, 2), 32: (32, 64, 8, 2), 48: (16, 32, 4, 1), 64: (32, 32, 8, 1), 96: (16, 16, 4, 1),
-             128: (16, 16, 4, 1), 192: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-}  # fmt: skip
+    "fwd": {16: (64, 32, 4, 2), 32: (64, 32, 8, 2), 64: (64, 32, 8, 2), 128: (16, 32, 4, 1)},
+    "dq": {16: (64, 32, 4, 2), 32: (64, 32, 4, 2), 64: (32, 32, 8, 1), 128: (16, 16, 4, 1)},
+    "dkdv": {16: (32, 64, 8, 2), 32: (16, 32, 4, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1)},
+}
 _SM80 = {
     2: {
         "fwd": {16: (128, 128, 8, 3), 32: (128, 64, 8, 3), 48: (128, 64, 8, 2), 64: (128, 64, 8, 3),
@@ -34,7 +31,8 @@ _SM90 = {
     },
     4: _FLOAT32,
 }  # fmt: skip
-TABLES = {80: _SM80, 89: _SM80, 90: _SM90, 100: _SM90}
+_SM100 = {**_SM90, 2: {**_SM90[2], "dkdv": {**_SM90[2]["dkdv"], 192: (16, 16, 4, 1)}}}
+TABLES = {80: _SM80, 89: _SM80, 90: _SM90, 100: _SM100}
 
 
 def table_arch(arch: int) -> int:
@@ -44,15 +42,18 @@ def table_arch(arch: int) -> int:
     return 100 if arch >= 100 else 90 if arch >= 90 else 80
 
 
-def head_parts(head_size: int) -> tuple[int, int]:
-    """Powers of two that hold a head in one part or two: 64 -> 64, 0; 80 -> 64, 16; 96 -> 64, 32; 120 -> 128, 0"""
+def head_parts(head_size: int, element_size: int) -> tuple[int, int]:
+    """Powers of two that hold a head in one part or two: 64 -> 64, 0; 80 -> 64, 16; 96 -> 64, 32; 120 -> 128, 0.
+    Always one in float32, whose products take more registers than two parts leave."""
     whole = 1 << (head_size - 1).bit_length()
+    if element_size == 4:
+        return whole, 0
     rest = max(16, 1 << (head_size - whole // 2 - 1).bit_length())
     return (whole, 0) if whole // 2 + rest >= whole else (whole // 2, rest)
 
 
 def launch_row(kernel: str, arch: int, element_size: int, head_size: int) -> dict:
-    part1, part2 = head_parts(head_size)
+    part1, part2 = head_parts(head_size, element_size)
     row = part1 + part1 // 2 if part2 else part1
     block_m, block_n, warps, stages = TABLES[table_arch(arch)][element_size][kernel][row]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "STAGES": stages}

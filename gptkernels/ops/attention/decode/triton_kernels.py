@@ -198,7 +198,7 @@ def decode_attention_fwd(
     if capacity == 0 or out.numel() == 0:
         return out.zero_()
     group = heads // kv_heads
-    d1, d2 = head_parts(head_size)
+    d1, d2 = head_parts(head_size, q.element_size())
     block_n, warps, stages = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
     block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group * tokens)))
     row_tiles = triton.cdiv(group * tokens, block_m)
