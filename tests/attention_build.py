@@ -1,6 +1,7 @@
 """Builds variants of the CUDA attention kernels, with edits made to their sources, for bfloat16 and the simulator."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -37,13 +38,10 @@ int64_t attention_bwd_workspace_bytes(const AttentionShape& shape) {
 
 def attention_bindings(text: str) -> str:
     """bindings.cpp without the other ops, whose objects are not linked."""
-    head, module = text.split("PYBIND11_MODULE", 1)
-    lines = [line for line in module.splitlines() if "m.def(" not in line or "attention_" in line or "error_" in line]
-    start, end = head.index("using Strides"), head.rindex("}  // namespace")
-    prologue = head[: head.index("namespace {")]
-    keep = "\n".join(line for line in prologue.splitlines() if '#include "' not in line or "attention/" in line)
-    pointer = head[head.index("using Address") : head.index("}\n", head.index("using Address")) + 2]
-    return f"{keep}\nnamespace {{\n{pointer}\n{head[start:end]}\n}}\nPYBIND11_MODULE" + "\n".join(lines) + "\n"
+    other_function = re.compile(r"[\w:]+ (?!attention_)\w+_binding\(")
+    text = "\n\n".join(part for part in text.split("\n\n") if not other_function.match(part))
+    other_line = re.compile(r'\s*(m\.def\("(?!attention_|error_string)|#include "(?!attention/|common/))')
+    return "\n".join(line for line in text.splitlines() if not other_line.match(line)) + "\n"
 
 
 class Builder:

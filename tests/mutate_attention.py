@@ -29,6 +29,7 @@ HARMLESS = {
     "wait_turn();": "the warpgroups' turns are for speed",
     "named_barrier_sync(kTurn + group,": "the warpgroups' turns are for speed",
     "named_barrier_sync(kGroup + group,": "wgmma keeps the warps of a group together",
+    "named_barrier_sync(kEveryGroup, 2 * kWarpgroup); // rows": "dq goes out in pieces, group after group",
     "fence_async_proxy_global();": "the simulator orders the proxies in global memory",
     "wgmma_fence(); #pragma unroll for (int n = 0;": "the simulator asks for no fence where results are overwritten",
 }

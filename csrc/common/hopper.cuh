@@ -293,6 +293,18 @@ GK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 GK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #undef GK_TEN
+#undef GK_LIST_16
+#undef GK_ACCUMULATOR_16
+#undef GK_LIST_32
+#undef GK_ACCUMULATOR_32
+#undef GK_LIST_40
+#undef GK_ACCUMULATOR_40
+#undef GK_LIST_48
+#undef GK_ACCUMULATOR_48
+#undef GK_LIST_64
+#undef GK_ACCUMULATOR_64
+#undef GK_LIST_128
+#undef GK_ACCUMULATOR_128
 #undef GK_F4
 #undef GK_F16
 #undef GK_F32
