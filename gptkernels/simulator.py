@@ -24,12 +24,11 @@ def cuda_unavailable() -> str | None:
     """Why the compiled CUDA library cannot run in the simulator here, or None."""
     if unavailable():
         return unavailable()
+    if torch.version.cuda:
+        return f"torch {torch.__version__} has a CUDA runtime of its own; with the simulator's only a CPU torch will do"
     import ptxemu.cuda
 
-    try:
-        ptxemu.cuda.load_runtime()
-    except (ImportError, OSError) as error:
-        return f"the simulator's CUDA runtime does not load beside this torch ({torch.__version__}): {error}"
+    ptxemu.cuda.load_runtime()
     if isinstance(cuda_library._find(), str):
         # It may have been looked for before there was a CUDA runtime to load it with.
         cuda_library._find.cache_clear()
