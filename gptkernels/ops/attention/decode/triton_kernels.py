@@ -182,7 +182,7 @@ def unsupported(
 # Keys a program takes at a time by bytes per element and padded head size: BLOCK_N, warps, stages.
 LAUNCH = {
     2: {16: (128, 4, 3), 32: (128, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
-    4: {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 4, 2)},
+    4: {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 8, 2)},
 }
 MAX_ROWS = 32
 MAX_SPLITS = 64

@@ -1,0 +1,85 @@
+"""Every launch-table row of attention compiles for each architecture: no spills, shared memory within limits, and the
+matrix instructions meant. No GPU."""
+
+import pytest
+import torch
+from compile_gate import SHARED_LIMIT, assert_within_limits, compiled_launches
+
+from gptkernels import simulator
+from gptkernels.ops.attention import triton_kernels
+from gptkernels.ops.attention.decode import triton_kernels as decode_kernels
+from gptkernels.ops.attention.triton_launch import TABLES, head_parts, launch_row
+
+if simulator.unavailable():
+    pytest.skip(simulator.unavailable(), allow_module_level=True)
+
+KERNELS = {"attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"}
+HEAD_SIZES = [16, 32, 40, 64, 80, 96, 128, 160, 256]
+
+
+def launch(head_size, dtype, window):
+    q, k, v, out, dout = torch.empty(5, 1, 2, 256, head_size, dtype=dtype)
+    lse = torch.empty(1, 2, 256)
+    triton_kernels.attention_fwd(q, k, v, None, None, None, True, window, 0.1, 0.0)
+    triton_kernels.attention_bwd(dout, q, k, v, out, lse, None, None, None, True, window, 0.1, 0.0, True)
+
+
+def test_every_row_is_compiled_here():
+    for arch, table in TABLES.items():
+        for size, kernels in table.items():
+            parts = [head_parts(head_size, size) for head_size in HEAD_SIZES if size == 2 or head_size <= 128]
+            rows = {part1 + part1 // 2 if part2 else part1 for part1, part2 in parts}
+            for kernel, by_head in kernels.items():
+                assert set(by_head) == rows, (arch, size, kernel)
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_attention(arch, dtype, head_size):
+    if head_size not in (16, 32, 64, 128) and dtype == torch.float32:
+        pytest.skip("float32 heads up to 128 are padded to a power of two; larger ones are not supported")
+    if arch == 89 and TABLES[89] == TABLES[80]:
+        # The same programs as for 8.0, compiled there, if only they fit.
+        with compiled_launches(80) as launches:
+            launch(head_size, dtype, None)
+        assert all(compiled.shared <= SHARED_LIMIT[89] for compiled in launches)
+        return
+    with compiled_launches(arch) as launches:
+        # Dense and banded differ in little: first-class head sizes get both.
+        for window in (None, 100) if head_size in (64, 80, 96, 128) and dtype == torch.float16 else (None,):
+            launch(head_size, dtype, window)
+    assert {compiled.kernel for compiled in launches} == KERNELS
+    for compiled in launches:
+        assert_within_limits(compiled)
+        if arch == 90 and dtype == torch.float16 and head_size in (64, 80, 96, 128):
+            assert "wgmma.mma_async" in compiled.ptx, f"{compiled.kernel} does not use wgmma"
+        if arch == 80:
+            assert compiled.machine_code.count("HMMA") > 0, f"{compiled.kernel} does not use tensor cores"
+        if dtype == torch.float16 and head_size in (64, 128):
+            wide = "cp.async.cg.shared.global"
+            assert wide in compiled.ptx, f"{compiled.kernel} does not copy 16 bytes at a time in the background"
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_decode(arch, head_size):
+    with compiled_launches(arch) as launches:
+        for dtype in (torch.float16, torch.float32):
+            q, cache = torch.empty(1, 8, 1, head_size, dtype=dtype), torch.empty(1, 2, 4096, head_size, dtype=dtype)
+            lengths = torch.empty(1, dtype=torch.int32)
+            for window in (None, 1024):
+                decode_kernels.decode_attention_fwd(q, cache, cache, lengths, window, 0.1)
+    kernels = {"decode_attention_fwd_kernel", "decode_attention_combine_kernel"}
+    assert {compiled.kernel for compiled in launches} == kernels
+    for compiled in launches:
+        assert_within_limits(compiled)
+
+
+def test_rows_are_powers_of_two():
+    for arch in TABLES:
+        for head_size in range(16, 257):
+            for kernel in ("fwd", "dq", "dkdv"):
+                for size in (2, 4) if head_size <= 128 else (2,):
+                    row = launch_row(kernel, arch, size, head_size)
+                    assert all(row[name] & (row[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "num_warps"))
