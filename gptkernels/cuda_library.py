@@ -70,13 +70,24 @@ def missing() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def unsupported(device: torch.device, min_arch: int = 80) -> str | None:
-    """Why kernels of the library that need `min_arch` cannot run on this device's tensors, or None."""
+def unsupported(device: torch.device, only_arch: int | None = None) -> str | None:
+    """Why kernels of the library cannot run on this device's tensors, or None. only_arch: 90 for kernels made of
+    Hopper's own instructions, which no other GPU has; the others run from 80 on."""
     if device.type != "cuda" and not hardware.is_simulated(device):
         return f"runs on CUDA tensors, not {device.type}"
-    if hardware.arch(device) < min_arch:
-        return f"needs compute capability {min_arch / 10}, this device has {hardware.arch(device) / 10}"
+    arch = hardware.arch(device)
+    if arch < 80 or only_arch not in (None, arch):
+        wanted = "8.0 or newer" if only_arch is None else f"{only_arch / 10} alone"
+        return f"needs compute capability {wanted}, this device has {arch / 10}"
+    if only_arch is not None and missing() is None and f"{only_arch}a" not in built_archs():
+        return f"the CUDA library was built for {', '.join(built_archs())} only (GPTKERNELS_CUDA_ARCHS)"
     return missing()
+
+
+@torch.compiler.assume_constant_result
+def built_archs() -> list[str]:
+    """What the library was compiled for, such as ["80", "90a"]."""
+    return load().archs.split(".")
 
 
 def launch(name: str, *args) -> None:

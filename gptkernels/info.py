@@ -84,7 +84,7 @@ def gather() -> dict:
         "nvcc": f"{cuda_build.toolkit_version(nvcc)} ({nvcc})" if nvcc else None,
         "driver": driver_version(),
         "gpus": [gpu_facts(i) for i in range(torch.cuda.device_count())],
-        "cuda_library": cuda_library.missing() or f"built for {cuda_library.load().archs.replace('.', ', ')}",
+        "cuda_library": cuda_library.missing() or f"built for {', '.join(cuda_library.built_archs())}",
         "simulator": simulator.unavailable() or "installed",
         "ops": backends(device),
     }

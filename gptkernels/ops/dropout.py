@@ -27,10 +27,8 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high, (a * b) & MASK
 
 
-def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    """seed: (1,) int64 -> (rows, columns) bool"""
-    row = torch.arange(rows, device=seed.device).unsqueeze(1)
-    column = torch.arange(columns, device=seed.device).unsqueeze(0)
+def keep(seed: Tensor, row: Tensor, column: Tensor, p: float) -> Tensor:
+    """seed: (1,) int64, row, column: int64 that broadcast -> bool"""
     c0, c1, c2, c3 = column, row & MASK, row >> 32, torch.zeros_like(column)
     k0, k1 = seed & MASK, (seed >> 32) & MASK
     for _ in range(10):
@@ -38,4 +36,10 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         high_b, low_b = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return (c0 >= threshold(p)).expand(rows, columns)
+    return c0 >= threshold(p)
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """seed: (1,) int64 -> (rows, columns) bool"""
+    row = torch.arange(rows, device=seed.device).unsqueeze(1)
+    return keep(seed, row, torch.arange(columns, device=seed.device).unsqueeze(0), p)

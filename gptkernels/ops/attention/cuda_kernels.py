@@ -35,7 +35,7 @@ def unsupported(
         reason = not_addressable(x)
         if reason:
             return f"{name} {reason}"
-    return cuda_library.unsupported(q.device, min_arch=90)
+    return cuda_library.unsupported(q.device, only_arch=90)
 
 
 def not_addressable(x: Tensor) -> str | None:

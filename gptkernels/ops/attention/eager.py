@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...torch_library import torch_op
+from ..dropout import keep
 from .outputs import bwd_outputs, fwd_outputs
-from .visibility import dropout_keep, visible_at
+from .visibility import visible_at
 
 # On the CPU PyTorch fuses the softmax into the products, and hands back the log-sum-exp that backward needs.
 fused_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -208,7 +209,7 @@ def kept(seed: Tensor, part: Sequences, block: Block, lse: Tensor, dropout: floa
     """-> (B', H, queries, keys): 1 / (1 - dropout) where dropout keeps a weight, else 0"""
     query = torch.arange(block.queries.start, block.queries.stop, device=lse.device).unsqueeze(1)
     key = part.keys.start + torch.arange(block.keys.start, block.keys.stop, device=lse.device)
-    return dropout_keep(seed, part.dropout_row(lse) + query, key, dropout) / (1 - dropout)
+    return keep(seed, part.dropout_row(lse) + query, key, dropout) / (1 - dropout)
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from ...dispatch import select
 from ...torch_library import first_order_only
 from .. import checks
+from ..autocast import autocast
 from ..dropout import draw_seed
 from . import cuda_kernels, eager, triton_kernels
 
@@ -70,15 +71,6 @@ class AttentionFunction(torch.autograd.Function):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         grads = ctx.kernels.attention_bwd(dout, q, k, v, out, lse, *variables, *ctx.options, deterministic)
         return None, *first_order_only("attention", grads, (dout, q, k, v)), None, None, None, None, None, None
-
-
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype, where it is on, as F.scaled_dot_product_attention takes them."""
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in checks.DTYPES else x for x in tensors)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str] = ("k", "v")) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .visibility import dropout_keep, visible
+from ..dropout import keep
+from .visibility import visible
 
 
 def attention(
@@ -46,7 +47,7 @@ def _attend(q, k, v, key_start, causal, window, scale, dropout, seed, first_row,
     if dropout:
         row = first_row + torch.arange(q.shape[2], device=q.device).unsqueeze(1)
         column = first_column + torch.arange(k.shape[2], device=q.device)
-        weights = weights * dropout_keep(seed, row, column, dropout) / (1 - dropout)
+        weights = weights * keep(seed, row, column, dropout) / (1 - dropout)
     return weights @ v
 
 

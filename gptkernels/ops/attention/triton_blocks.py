@@ -195,13 +195,3 @@ def query_blocks(
     full_stop = tl.minimum(tl.maximum(tl.minimum(full_stop, queries), 0) // BLOCK_M, stop)
     full_stop = tl.where(real > first, full_start, tl.maximum(full_stop, full_start))
     return start, full_start, full_stop, stop
-
-
-@triton.jit
-def kept(seed_ptr, row, column, drop_below):
-    """row: int64, column: int32, shapes that broadcast -> bool, by the rule in ops/dropout.py"""
-    c0 = column + tl.zeros_like(row).to(tl.int32)
-    c1 = row.to(tl.int32) + tl.zeros_like(column)
-    c2 = (row >> 32).to(tl.int32) + tl.zeros_like(column)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0))
-    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= drop_below

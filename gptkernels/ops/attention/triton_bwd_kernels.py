@@ -4,11 +4,11 @@ added up across programs, so gradients are the same every time."""
 import triton
 import triton.language as tl
 
+from ..triton_dropout import kept
 from .triton_blocks import (
     UNSPECIALIZED,
     add_weighted,
     inner_products,
-    kept,
     key_blocks,
     load_head,
     locate,

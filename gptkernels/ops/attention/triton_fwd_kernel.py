@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from ..triton_dropout import kept
 from .triton_blocks import (
     UNSPECIALIZED,
     add_weighted,
     inner_products,
-    kept,
     key_blocks,
     load_head,
     load_tile,

@@ -1,4 +1,4 @@
-"""Who sees whom: the one definition of the mask, and of the elements that dropout keeps.
+"""Who sees whom: the one definition of the mask.
 
 Query i of Tq stands at position i + Tk - Tq among the keys: the last query is at the last key. It sees key j when
     causal:                    j <= position
@@ -9,8 +9,6 @@ and j is not left padding (j >= key_start). `window=None`, or one that covers th
 
 import torch
 from torch import Tensor
-
-from ..dropout import MASK, _multiply, threshold
 
 
 def visible(
@@ -39,19 +37,3 @@ def visible_at(
     if key_start is not None:
         seen = seen & (key >= key_start.view(-1, 1, 1, 1))
     return seen
-
-
-def dropout_keep(seed: Tensor, row: Tensor, column: Tensor, p: float) -> Tensor:
-    """The rule of ops/dropout.py for some rows and columns only. row: (..., M, 1), column: (N,) -> (..., M, N) bool
-
-    A row is a query of one head, (b * H + h) * Tq + i, packed documents h * T + i; a column is a key, counted in
-    packed documents from the first key of all.
-    """
-    c0, c1, c2, c3 = column, row & MASK, row >> 32, torch.zeros_like(column)
-    k0, k1 = seed & MASK, (seed >> 32) & MASK
-    for _ in range(10):
-        high_a, low_a = _multiply(0xD2511F53, c0)
-        high_b, low_b = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return c0 >= threshold(p)

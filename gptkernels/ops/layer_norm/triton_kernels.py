@@ -8,17 +8,8 @@ from torch import Tensor
 from ... import hardware
 from ...torch_library import torch_op
 from ..dropout import threshold
+from ..triton_dropout import kept
 from .outputs import bwd_outputs, fwd_outputs
-
-
-@triton.jit
-def kept(seed_ptr, row, column, drop_below):
-    """row: (ROWS, 1) int64, column: (1, BLOCK) -> (ROWS, BLOCK) bool, by the rule in ops/dropout.py"""
-    c0 = column + tl.zeros_like(row).to(tl.int32)
-    c1 = row.to(tl.int32) + tl.zeros_like(column)
-    c2 = (row >> 32).to(tl.int32) + tl.zeros_like(column)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0))
-    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= drop_below
 
 
 @triton.jit

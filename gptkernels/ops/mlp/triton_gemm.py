@@ -116,7 +116,7 @@ def product_tile(
 
 @triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(ROWS, COLUMNS) -> its left and right halves. An epilogue of half a tile at a time needs fewer registers."""
+    """(ROWS, COLUMNS) -> its left and right halves. An epilogue of a quarter tile at a time needs fewer registers."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
@@ -183,11 +183,13 @@ def mlp_fwd_kernel(
             x, weight, m, n, M, N, K, x_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, True, TMA, PRECISION
         )
         for half in tl.static_range(2):
-            mlp_fwd_epilogue(
-                halves(total, BLOCK_M, BLOCK_N)[half], m, n + half * (BLOCK_N // 2), M, N, bias_ptr, residual_ptr,
-                preact_ptr, out_ptr, residual_stride, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, HAS_PREACT, BLOCK_M,
-                BLOCK_N // 2,
-            )  # fmt: skip
+            part = halves(total, BLOCK_M, BLOCK_N)[half]
+            for quarter in tl.static_range(2):
+                mlp_fwd_epilogue(
+                    halves(part, BLOCK_M, BLOCK_N // 2)[quarter], m, n + (2 * half + quarter) * (BLOCK_N // 4), M, N,
+                    bias_ptr, residual_ptr, preact_ptr, out_ptr, residual_stride, ACTIVATION, HAS_BIAS, HAS_RESIDUAL,
+                    HAS_PREACT, BLOCK_M, BLOCK_N // 4,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ....dispatch import select
 from ... import checks
-from ..op import autocast, check_heads, check_scale, check_window
+from ...autocast import autocast
+from ..op import check_heads, check_scale, check_window
 from . import eager, triton_kernels
 
 BACKENDS = {"triton": triton_kernels, "eager": eager}

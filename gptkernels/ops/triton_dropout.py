@@ -1,0 +1,14 @@
+"""The rule of dropout.py inside Triton kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def kept(seed_ptr, row, column, drop_below):
+    """row: int64, column: int32, shapes that broadcast -> bool, by the rule in ops/dropout.py"""
+    c0 = column + tl.zeros_like(row).to(tl.int32)
+    c1 = row.to(tl.int32) + tl.zeros_like(column)
+    c2 = (row >> 32).to(tl.int32) + tl.zeros_like(column)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), c0, c1, c2, tl.zeros_like(c0))
+    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= drop_below
