@@ -1,0 +1,73 @@
+"""Writes the measured tables of README.md from benchmarks/results/, so that no number there is typed by hand.
+
+    python benchmarks/report.py [--check]
+
+A table goes between <!-- begin NAME --> and <!-- end NAME -->. --check: exit 1 if README.md is not up to date.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def cpu_attention() -> str:
+    """From bench_attention_cpu.py: time against masked attention, and memory as T grows."""
+    found = [json.loads(line) for line in (RESULTS / "cpu_attention.jsonl").read_text().splitlines()]
+    timed = next(row for row in found if "ratio" in row)
+    speed = (
+        f"Forward and backward at B=1, H=12, D=64, T={timed['T']}, window {timed['window']}, float32, "
+        f"{timed['threads']} thread(s), torch {timed['torch']}: {timed['banded']:.2f} s, against "
+        f"{timed['masked']:.2f} s of `F.scaled_dot_product_attention` with a boolean mask: "
+        f"**{timed['ratio']:.1f} times** as fast. Memory:"
+    )
+    rows = [
+        [str(row["T"]), f"{row['banded']:.0f} MiB", f"{row['one dense mask of float32']:.0f} MiB"]
+        for row in found
+        if "ratio" not in row
+    ]
+    return f"{speed}\n\n" + table(["T", "peak beyond the inputs", "one dense float32 mask alone"], rows)
+
+
+def cpu_mlp() -> str:
+    """From bench_mlp_cpu.py."""
+    found = json.loads((RESULTS / "cpu_mlp.json").read_text())
+    rows = [
+        [*name.split(": "), f"{statistics.median(result['seconds']):.2f} s", f"{result['peak_mib']:.0f} MiB"]
+        for name, result in found.items()
+    ]
+    return table(["forward and backward, float32, one thread", "", "time", "peak beyond the inputs"], rows)
+
+
+TABLES = {"cpu-attention": cpu_attention, "cpu-mlp": cpu_mlp}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = before = readme.read_text()
+    for name, make in TABLES.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        filled = f"{begin}\n{make()}\n{end}"
+        text, count = re.subn(f"{begin}.*?{end}", lambda _, filled=filled: filled, text, flags=re.S)
+        if count != 1:
+            raise SystemExit(f"README.md must have one {begin} ... {end}, not {count}")
+    if options.check:
+        return int(text != before)
+    readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
