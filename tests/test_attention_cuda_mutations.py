@@ -1,0 +1,44 @@
+"""A sample of what tests/mutate_attention.py does in full: each removal of a wait, fence or barrier must be caught."""
+
+from pathlib import Path
+
+import pytest
+
+from gptkernels import cuda_build, simulator
+
+if simulator.cuda_unavailable():
+    pytest.skip(simulator.cuda_unavailable(), allow_module_level=True)
+if not cuda_build.find_nvcc():
+    pytest.skip("needs nvcc", allow_module_level=True)
+
+import mutate_attention
+from attention_build import Builder
+
+EVERY = 12
+REMOVALS = [
+    (file, line, removed, text)
+    for file in mutate_attention.FILES
+    for line, removed, harmless, text in mutate_attention.mutants(file)
+    if not harmless
+]
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory):
+    return Builder(tmp_path_factory.mktemp("mutations"))
+
+
+def test_there_is_much_to_remove():
+    assert len(REMOVALS) >= 80
+
+
+def test_nothing_removed(builder):
+    assert mutate_attention.survives(builder.build("unchanged", {}))
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "removed", "text"), [pytest.param(*r, id=f"{r[0]}:{r[1]}") for r in REMOVALS[::EVERY]]
+)
+def test_a_removal_is_caught(builder, file, line, removed, text):
+    library = builder.build(f"{Path(file).stem}_{line}", {file: text})
+    assert not mutate_attention.survives(library), f"{file}:{line}: nobody noticed that {removed} is gone"
