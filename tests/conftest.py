@@ -12,7 +12,17 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="auto", choices=("auto", "cuda", "simulator", "interpreter"))
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "interpreter":
+        for item in items:
+            if "bfloat16" in item.nodeid or item.get_closest_marker("not_in_interpreter"):
+                item.add_marker(
+                    pytest.mark.skip(reason="Triton's interpreter is wrong on bfloat16 and far addresses")
+                )
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "not_in_interpreter: needs what Triton's interpreter does not do right")
     # Triton reads this when kernels are defined, which is when gptkernels is imported.
     if config.getoption("--device") == "interpreter":
         assert "triton" not in sys.modules, "--device=interpreter must come before Triton is imported"

@@ -100,6 +100,7 @@ def test_layer_norm(where, backend, columns, dtype):
     assert_layer_norm_parity(make(where, 5, columns, dtype), backend)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("columns", [2048, 4099, 8192, 12288, 16384, 20000, 65535, 65536])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_rows(anywhere, backend, columns):
@@ -136,6 +137,7 @@ def test_add_layer_norm(where, backend, dtype, residual_dtype, parameter_dtype, 
         assert_layer_norm_parity(make(where, 6, columns, dtype, **options), backend, dropout=dropout)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_bias(where, backend):
     where.require(backend)
@@ -143,6 +145,7 @@ def test_without_bias(where, backend):
     assert_layer_norm_parity(make(where, 4, 96, torch.bfloat16, bias=False, residual=True), backend)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_row_strides(where, backend):
     """A slice of wider rows, rows in another order, one row expanded to many, a transposed batch (one copy)."""
@@ -165,6 +168,7 @@ def test_expanded_gradients(where, backend):
     assert_layer_norm_parity(make(where, 5, 40, torch.float16, residual=True), backend, cotangents=both)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_one_output_used(anywhere, backend):
     anywhere.require(backend)
@@ -192,6 +196,7 @@ def test_no_rows(anywhere, backend):
         assert all(bool((g == 0).all()) for g in grads)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_statistics_are_centred_float32(anywhere, backend):
     """With a mean far from zero, E[x^2] - E[x]^2 in float32, or any statistic in half precision, would be far off."""
@@ -213,6 +218,7 @@ def test_nan_and_inf_stay_in_their_rows(anywhere, backend):
         assert bool(dirty[row].isnan().all()) if row in (1, 4) else torch.equal(dirty[row], clean[row])
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_offsets_beyond_32_bits(anywhere, backend):
     """Three rows 2^30 elements apart: the last starts at element 2^31. Only their own pages are ever touched."""
@@ -233,6 +239,7 @@ def test_offsets_beyond_32_bits(anywhere, backend):
     assert torch.equal(far_grad, grad)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_the_same_bits_every_time(where, backend):
     where.require(backend)
@@ -287,6 +294,7 @@ def test_philox_known_answers():
         assert not bool(dropped_just)
 
 
+@pytest.mark.not_in_interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_under_autocast(anywhere, backend):
     """bfloat16 activations, float32 residual stream and parameters: what autocast hands a pre-norm block."""

@@ -191,7 +191,7 @@ def layer_norm_bwd_kernel(
     grad_bias = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
 
     for tile in range(program, tl.cdiv(M, ROWS), programs):
-        row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        row = tile * ROWS + tl.arange(0, ROWS)[:, None]  # int64, as `program` is
         row_mask = row < M
         mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)
