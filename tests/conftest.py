@@ -16,9 +16,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--device") == "interpreter":
         for item in items:
             if "bfloat16" in item.nodeid or item.get_closest_marker("not_in_interpreter"):
-                item.add_marker(
-                    pytest.mark.skip(reason="Triton's interpreter is wrong on bfloat16 and far addresses")
-                )
+                item.add_marker(pytest.mark.skip(reason="Triton's interpreter is wrong on bfloat16 and far addresses"))
 
 
 def pytest_configure(config):
