@@ -9,6 +9,7 @@
 #include "attention/attention.h"
 #include "cross_entropy/cross_entropy.h"
 #include "layer_norm/layer_norm.h"
+#include "mlp/mlp.h"
 
 extern const char* const kSourceHash;
 extern const char* const kArchs;
@@ -101,6 +102,23 @@ int cross_entropy_binding(Address logits, Address targets, Address losses, Addre
                          pointer<CUstream_st>(stream));
 }
 
+int mlp_fwd_binding(Address a, Address weight, Address bias, Address residual, Address preact, Address out, int M, int N,
+                    int K, int64_t a_stride, int64_t residual_stride, int activation, int dtype, int sm_count,
+                    Address stream) {
+    return mlp_fwd({pointer<void>(a), pointer<void>(weight), pointer<void>(bias), pointer<void>(residual),
+                    pointer<void>(preact), pointer<void>(out), M, N, K, a_stride, residual_stride,
+                    static_cast<Activation>(activation), static_cast<DType>(dtype), sm_count},
+                   pointer<CUstream_st>(stream));
+}
+
+int mlp_bwd_binding(Address dout, Address weight, Address preact, Address act, Address grad, Address partials, int M,
+                    int N, int K, int64_t dout_stride, int activation, int dtype, int sm_count, Address stream) {
+    return mlp_bwd({pointer<void>(dout), pointer<void>(weight), pointer<void>(preact), pointer<void>(act),
+                    pointer<void>(grad), pointer<float>(partials), M, N, K, dout_stride,
+                    static_cast<Activation>(activation), static_cast<DType>(dtype), sm_count},
+                   pointer<CUstream_st>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -115,4 +133,6 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("layer_norm_fwd", &layer_norm_fwd_binding);
     m.def("layer_norm_bwd", &layer_norm_bwd_binding);
     m.def("layer_norm_bwd_partial_rows", &layer_norm_bwd_partial_rows);
+    m.def("mlp_fwd", &mlp_fwd_binding);
+    m.def("mlp_bwd", &mlp_bwd_binding);
 }

@@ -101,15 +101,36 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
         : "memory");
 }
 
-// A place in a ring of 1 or 2 buffers: which buffer, and the parity of its current round.
+// A place in a ring of buffers: which buffer, and the parity of its current round.
 template <int Stages>
 struct RingPlace {
-    static_assert(Stages == 1 || Stages == 2, "");
     uint32_t count = 0;
     __device__ __forceinline__ uint32_t stage() const { return count % Stages; }
     __device__ __forceinline__ uint32_t parity() const { return count / Stages & 1; }
-    __device__ __forceinline__ void advance() { ++count; }
+    __device__ __forceinline__ void advance(uint32_t steps = 1) { count += steps; }
 };
+
+// Clusters.
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Of all threads of all CTAs of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives at the barrier that another CTA of the cluster has at the same place.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
 
 // The bulk copy engine.
 
@@ -118,6 +139,30 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void tma_load_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1)
+        : "memory");
+}
+
+// Into the same place of every CTA in the mask, each of which has its own barrier told.
+__device__ __forceinline__ void tma_multicast_2d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
+                                                 uint16_t ctas) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(c0), "r"(c1), "h"(ctas)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, uint32_t from, int c0, int c1) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
+                 "r"(c0), "r"(c1)
+                 : "memory");
 }
 
 __device__ __forceinline__ void tma_load_4d(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
@@ -174,7 +219,21 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t to, uint32_t a, uint32_t b,
                  : "memory");
 }
 
+// What stmatrix_x4 wrote.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t from, uint32_t (&r)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from)
+                 : "memory");
+}
+
 // Arithmetic.
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -190,6 +249,14 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     else
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+    if constexpr (std::is_same_v<T, __half>)
+        return __half22float2(reinterpret_cast<const __half2&>(packed));
+    else
+        return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000)};
 }
 
 // wgmma. Tiles lie in shared memory as panels of `Rows` rows of 128 or 64 bytes, swizzled as wide as their rows.

@@ -87,6 +87,27 @@ def mlp_bwd(
     )
 
 
+def other_grads(
+    dout: Tensor,
+    x: Tensor,
+    fc_weight: Tensor,
+    act: Tensor,
+    grad_preact: Tensor,
+    partials: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mlp_bwd's results, where kernels have made grad_preact: (M, hidden) and its column sums in parts: (P, hidden)"""
+    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
+    none = torch.empty((0,), dtype=x.dtype, device=x.device)
+    return (
+        grad_preact @ fc_weight if needs_x else none,
+        grad_preact.mT @ x if needs_fc_weight else none,
+        partials.sum(0).to(x.dtype) if needs_fc_bias else none,
+        dout.mT @ act if needs_proj_weight else none,
+        column_sum(dout) if needs_proj_bias else none,
+    )
+
+
 def column_sum(x: Tensor) -> Tensor:
     """(M, N) -> (N,), accumulated in float32"""
     return x.sum(0, dtype=torch.float32).to(x.dtype)

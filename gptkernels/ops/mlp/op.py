@@ -8,9 +8,9 @@ from ...torch_library import first_order_only
 from .. import checks
 from ..autocast import autocast
 from ..layer_norm.op import as_rows
-from . import eager, triton_kernels
+from . import cuda_kernels, eager, triton_kernels
 
-BACKENDS = {"triton": triton_kernels, "eager": eager}
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 ACTIVATIONS = tuple(eager.FORWARD)
 SAVE = ("all", "preact", "input")
 

@@ -7,7 +7,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import hardware
 from ...torch_library import torch_op
-from .eager import column_sum, linear
+from .eager import linear, other_grads
 from .outputs import bwd_outputs, fwd_outputs
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
@@ -234,8 +234,7 @@ def mlp_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
-    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
-    none = torch.empty((0,), dtype=x.dtype, device=x.device)
+    needs_fc_bias, needs_proj_weight = needs[2:4]
     if x.shape[0] == 0:
         return tuple(
             grad.zero_()
@@ -251,10 +250,4 @@ def mlp_bwd(
     else:
         grad = dout @ proj_weight
         partials = pointwise_grad_preact(grad, preact, activation, remade, needs_fc_bias)
-    return (
-        grad @ fc_weight if needs_x else none,
-        grad.mT @ x if needs_fc_weight else none,
-        partials.sum(0).to(x.dtype) if needs_fc_bias else none,
-        dout.mT @ act if needs_proj_weight else none,
-        column_sum(dout) if needs_proj_bias else none,
-    )
+    return other_grads(dout, x, fc_weight, act, grad, partials, needs)

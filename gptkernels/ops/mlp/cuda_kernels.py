@@ -1,0 +1,141 @@
+"""The MLP in CUDA C++ (csrc/mlp) for compute capability 9.0: products with fused epilogues, in both directions."""
+
+import torch
+from torch import Tensor
+
+from ... import cuda_library, hardware
+from ...torch_library import torch_op
+from ..attention.cuda_kernels import addressable, not_addressable
+from .eager import linear, other_grads
+from .outputs import bwd_outputs, fwd_outputs
+
+# The numbers that csrc/mlp/mlp.h gives them.
+ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "silu": 5}
+# Rows of a tile: of how many rows each partial sum is.
+BLOCK_M = 128
+MAX_ROWS = 1 << 30
+
+
+def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {x.dtype}"
+    sizes = x.shape[-1], *fc_weight.shape[:1], *proj_weight.shape[:1]
+    if any(size % 8 for size in sizes):
+        return f"takes sizes of layers that are multiples of 8, not {', '.join(map(str, sizes))}"
+    if x.numel() // x.shape[-1] > MAX_ROWS:
+        return f"takes up to {MAX_ROWS} rows"
+    tensors = {"x": x, "fc_weight": fc_weight, "proj_weight": proj_weight, "residual": residual}
+    for name, tensor in tensors.items():
+        # What is not contiguous in its last dimension was going to be copied anyway.
+        reason = None if tensor is None or tensor.stride(-1) != 1 else not_addressable(tensor)
+        if reason:
+            return f"{name} {reason}"
+    return cuda_library.unsupported(x.device, only_arch=90)
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    preact: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """out: (M, N) = activation(x @ weight.T + bias) + residual, or preact: (M, N) = x @ weight.T + bias beside it.
+    x: (M, K), weight: (N, K), bias: (N,), residual: (M, N)"""
+    cuda_library.launch(
+        "mlp_fwd",
+        x,
+        weight,
+        bias,
+        residual,
+        preact,
+        out,
+        *out.shape,
+        x.shape[1],
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        ACTIVATIONS[activation],
+        cuda_library.DTYPE[x.dtype],
+        hardware.sm_count(x.device),
+    )
+
+
+def fused_grad_preact(
+    dout: Tensor, proj_weight: Tensor, preact: Tensor, activation: str, act: Tensor | None, wants_partials: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-> dout @ proj_weight * activation'(preact): (M, N), and its column sums in parts: (P, N). act: (M, N) is filled.
+    dout: (M, K), proj_weight: (K, N), preact: (M, N)"""
+    grad = torch.empty(preact.shape, dtype=dout.dtype, device=dout.device)
+    parts = ((preact.shape[0] + BLOCK_M - 1) // BLOCK_M, preact.shape[1])
+    partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None
+    cuda_library.launch(
+        "mlp_bwd",
+        dout,
+        proj_weight,
+        preact,
+        act,
+        grad,
+        partials,
+        *preact.shape,
+        dout.shape[1],
+        dout.stride(0),
+        ACTIVATIONS[activation],
+        cuda_library.DTYPE[dout.dtype],
+        hardware.sm_count(dout.device),
+    )
+    return grad, partials
+
+
+@torch_op(fake=fwd_outputs)
+def mlp_fwd(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (M, d), fc_weight: (hidden, d), proj_weight: (d_out, hidden) -> out: (M, d_out), preact, act: (M, hidden)"""
+    outputs = out, preact, act = fwd_outputs(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
+    if x.shape[0] == 0:
+        return outputs
+    x, fc_weight, proj_weight = map(addressable, (x, fc_weight, proj_weight))
+    residual = None if residual is None else addressable(residual)
+    hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
+    kept = None if save == "input" else preact
+    fused_linear(x, fc_weight, fc_bias, activation=activation, preact=kept, out=hidden)
+    fused_linear(hidden, proj_weight, proj_bias, residual=residual, out=out)
+    return outputs
+
+
+@torch_op(fake=bwd_outputs)
+def mlp_bwd(
+    dout: Tensor,
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    preact: Tensor,
+    act: Tensor,
+    activation: str,
+    save: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
+    if x.shape[0] == 0:
+        grads = bwd_outputs(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
+        return tuple(grad.zero_() for grad in grads)
+    if save == "input":
+        preact = linear(x, fc_weight, fc_bias)
+    remade = None
+    if needs[3] and save != "all":
+        act = remade = torch.empty_like(preact)
+    grad, partials = fused_grad_preact(
+        addressable(dout), addressable(proj_weight), preact, activation, remade, wants_partials=needs[2]
+    )
+    return other_grads(dout, x, fc_weight, act, grad, partials, needs)

@@ -1,0 +1,258 @@
+"""The MLP's CUDA kernels: parity, schedules, what the compiler made of them, what they execute, and planted bugs."""
+
+import ctypes
+import re
+import subprocess
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from compile_gate import tool
+from parity import assert_parity
+from test_mlp import ACTIVATIONS, assert_mlp_parity, make
+
+import gptkernels as gk
+from gptkernels import cuda_build, cuda_library, simulator
+from gptkernels.ops.mlp import cuda_kernels, reference
+
+CPU = SimpleNamespace(device=torch.device("cpu"))
+
+
+@pytest.fixture
+def hopper(anywhere):
+    anywhere.require("cuda")
+    if anywhere.kind == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    return anywhere
+
+
+@pytest.fixture
+def library():
+    reason = simulator.cuda_unavailable()
+    if reason and not cuda_build.find_nvcc():
+        pytest.skip(reason)
+    return cuda_library.load()
+
+
+@pytest.mark.parametrize("save", ["all", "preact", "input"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_what_is_kept(hopper, activation, save):
+    assert_mlp_parity(make(hopper, 33, 64, 256, torch.bfloat16), "cuda", activation, save)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "d", "hidden", "out"),
+    [(1, 64, 256, 64), (65, 72, 200, 136), (129, 8, 8, 8), (300, 64, 320, 64), (257, 96, 384, 48)],
+)
+def test_sizes(hopper, rows, d, hidden, out, dtype):
+    assert_mlp_parity(make(hopper, rows, d, hidden, dtype, out=out), "cuda")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("residual", [True, False])
+def test_bias_and_residual(hopper, bias, residual):
+    for save in ("preact", "input"):
+        assert_mlp_parity(make(hopper, 50, 64, 136, torch.float16, bias=bias, residual=residual), "cuda", save=save)
+
+
+def test_many_tiles(hopper):
+    """More tiles than CTAs, in two dimensions, none of them whole, and more rows than a group of tiles has."""
+    assert_mlp_parity(make(hopper, 397, 200, 712, torch.bfloat16, residual=True), "cuda", "silu", "all")
+    assert_mlp_parity(make(hopper, 2 * 128 * 9 + 1, 16, 264, torch.bfloat16, residual=True), "cuda", "relu2")
+
+
+def test_gradients_only_where_asked(hopper):
+    for wanted in ({"x"}, {"fc_weight"}, {"fc_bias"}, {"proj_weight"}, {"proj_bias"}, {"residual"}):
+        tensors = make(hopper, 40, 64, 128, torch.bfloat16, residual=True)
+        for name, tensor in tensors.items():
+            tensor.requires_grad_(name in wanted)
+        for save in ("all", "preact", "input"):
+            assert_mlp_parity(tensors, "cuda", save=save)
+
+
+def test_strides(hopper):
+    tensors = make(hopper, 30, 64, 128, torch.bfloat16)
+    wide = torch.randn(30, 104).to(tensors["x"])
+    residual = wide[:, 40:].detach().requires_grad_()
+    assert_mlp_parity({**tensors, "x": wide[:, 8:72].detach().requires_grad_(), "residual": residual}, "cuda")
+    transposed = tensors["fc_weight"].detach().t().contiguous().t().requires_grad_()
+    assert_mlp_parity({**tensors, "fc_weight": transposed}, "cuda")
+    # Gradients of any strides, too.
+    out = gk.mlp(**tensors, backend="cuda")
+    for dout in (torch.ones_like(out[:1, :1]).expand_as(out), torch.ones(30, 67).to(out)[:, 3:]):
+        grads = torch.autograd.grad(out, tensors["fc_bias"], dout, retain_graph=True)
+        assert torch.equal(grads[0], torch.autograd.grad(out, tensors["fc_bias"], dout.clone(), retain_graph=True)[0])
+
+
+def test_no_rows(hopper):
+    tensors = make(hopper, 0, 64, 128, torch.float16, residual=True)
+    out = gk.mlp(**tensors, backend="cuda")
+    assert out.shape == (0, 64)
+    out.sum().backward()
+    assert all(bool((t.grad == 0).all()) for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": lambda t: t.float()}, "takes float16 and bfloat16"),
+        ({"x": lambda t: torch.zeros(30, 72).to(t)[:, 4:68]}, "x does not start at a multiple of 16 bytes"),
+        ({"x": lambda t: torch.zeros(30, 68).to(t)[:, :64]}, "x has a stride of 68 elements"),
+        ({"x": lambda t: t[:, :60], "fc_weight": lambda t: t[:, :60]}, "multiples of 8, not 60, 128, 64"),
+        ({"fc_weight": lambda t: t[:124], "proj_weight": lambda t: t[:, :124]}, "multiples of 8, not 64, 124, 64"),
+    ],
+)
+def test_says_what_it_does_not_take(hopper, change, words):
+    tensors = make(hopper, 30, 64, 128, torch.bfloat16, bias=False)
+    tensors |= {name: edit(tensors[name].detach()) for name, edit in change.items()}
+    if tensors["x"].dtype == torch.float32:
+        tensors = {name: t if t is None else t.float() for name, t in tensors.items()}
+    with pytest.raises(gk.UnsupportedError, match=words):
+        gk.mlp(**tensors, backend="cuda")
+
+
+def test_opcheck(hopper):
+    tensors = make(hopper, 12, 64, 128, torch.bfloat16, residual=True)
+    arguments = tuple(t.detach() for t in tensors.values())
+    torch.library.opcheck(cuda_kernels.mlp_fwd.torch_op, (*arguments, "gelu", "all"))
+
+
+def test_every_schedule_gives_the_same(library):
+    """Two tiles for each warpgroup, 15 steps each: the rings of 5 and 4 stages go round several times."""
+    if simulator.cuda_unavailable():
+        pytest.skip(simulator.cuda_unavailable())
+    tensors = make(CPU, 290, 920, 520, torch.bfloat16, residual=True)
+    dout, expected = torch.randn(290, 920).bfloat16(), None
+    for seed in range(20):
+        with simulator.use(arch=90, seed=seed):
+            out = gk.mlp(**tensors, backend="cuda")
+            results = (out, *torch.autograd.grad(out, tuple(tensors.values()), dout))
+        expected = expected or results
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), seed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_counters(library, backward):
+    """Tensor-core FLOPs are those of the tiles, everything is copied once, and shared memory has no conflicts."""
+    if simulator.cuda_unavailable():
+        pytest.skip(simulator.cuda_unavailable())
+    import ptxemu.cuda
+
+    M, N, K = 512, 384, 256
+    a = torch.randn(M, K).bfloat16()
+    with simulator.use(arch=90), ptxemu.cuda.use() as device:
+        if backward:
+            weight, preact = torch.randn(K, N).bfloat16(), torch.randn(M, N).bfloat16()
+            cuda_kernels.fused_grad_preact(a, weight, preact, "gelu", torch.empty_like(preact), True)
+        else:
+            out, preact = torch.empty(2, M, N).bfloat16().unbind()
+            cuda_kernels.fused_linear(a, torch.randn(N, K).bfloat16(), None, activation="gelu", preact=preact, out=out)
+        stats = device.last_stats()
+    assert stats.tensor_flops == 2 * M * N * K
+    assert stats.shared_wavefronts == stats.shared_ideal_wavefronts
+    assert stats.local_bytes == 0
+    tiles = (M // 128) * (N // 128)
+    assert stats.tma_store_bytes == 2 * M * N * 2
+    # Counted where they arrive: what two CTAs share counts for both.
+    assert stats.tma_load_bytes == tiles * K * 2 * (128 + 128) + backward * M * N * 2
+
+
+def listing(what: str) -> dict[str, str]:
+    """Parts of what cuobjdump says of the library, by kernel"""
+    command = [str(tool("cuobjdump")), what, cuda_library.load().__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"Function\s*:?\s*(_Z\w*)", text)
+    return {name: part for name, part in zip(parts[1::2], parts[2::2], strict=True) if "mlp_kernel" in name}
+
+
+def test_resources(library):
+    resources = listing("--dump-resource-usage")
+    assert len(resources) == 4
+    for name, text in resources.items():
+        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
+        assert (used["STACK"], used["LOCAL"]) == (0, 0), name
+        assert used["REG"] <= 168, name
+
+
+def test_the_instructions_that_are_meant(library):
+    sass = listing("--dump-sass")
+    assert len(sass) == 4
+    for name, text in sass.items():
+        for instruction in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM"):
+            assert re.search(rf"\b{instruction}", text), f"{name} has no {instruction}"
+        assert "UTMALDG.2D.MULTICAST" in text
+        assert not re.search(r"\b(LDL|STL|HMMA)\b", text), name
+        # One wait follows the products of a step, one those of a tile: ptxas serialised nothing.
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) * 3 < len(re.findall(r"\bHGMMA", text)), name
+
+
+ENTRY = """
+#include "mlp/mlp_kernel.cuh"
+cudaError_t mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { return mlp_fwd_launch<__nv_bfloat16>(p, stream); }
+cudaError_t mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { return mlp_bwd_launch<__nv_bfloat16>(p, stream); }
+using Address = uintptr_t;
+template <typename T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+"""
+C_TYPES = {"Address": ctypes.c_uint64, "int": ctypes.c_int, "int64_t": ctypes.c_int64}
+PLANTED = {
+    "full": "mbarrier_wait(shared + C::kFull + 8 * place.stage(), place.parity());",
+    "empty": "mbarrier_wait(shared + C::kEmpty + 8 * place.stage(), place.parity() ^ 1);",
+    "aux": "mbarrier_wait(boxes_full, boxes_place.parity());",
+    "turn": "named_barrier_sync(kTurn + group, 2 * kWarpgroup);",
+    "products": "wgmma_wait<0>();",
+    "proxy": "fence_async_proxy();",
+    "stored": "if (lane == 0) bulk_wait_read();\n        __syncwarp();",
+    "sums": "named_barrier_sync(kGroup + group, kWarpgroup);\n                const int n",
+    "skip": "place.advance(steps);",
+}
+
+
+def mutated(folder, name: str, removed: str) -> SimpleNamespace:
+    """What cuda_library.load() returns, of the MLP alone and without `removed`"""
+    source = cuda_build.source_directory()
+    text = (source / "mlp" / "mlp_kernel.cuh").read_text()
+    assert not removed or text.count(removed) == 1
+    bindings = (source / "bindings.cpp").read_text()
+    found = re.findall(r"^(int (mlp_\w+)_binding\((.*?)\) \{.*?^\})", bindings, re.M | re.S)
+    entry = ENTRY + "".join(f'extern "C" {code}\n' for code, _, _ in found)
+    kept = "const int n" if removed.endswith("const int n") else ""
+    (folder / "mlp").mkdir(exist_ok=True)
+    (folder / "mlp" / "mlp_kernel.cuh").write_text(text.replace(removed, ";" + kept) if removed else text)
+    (folder / f"{name}.cu").write_text(entry)
+    command = [cuda_build.find_nvcc(), "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "shared"]
+    command += [f"-I{folder}", f"-I{source}", "-gencode", "arch=compute_90a,code=compute_90a"]
+    subprocess.run([*command, str(folder / f"{name}.cu"), "-o", str(folder / f"{name}.so")], check=True)
+    loaded = ctypes.CDLL(str(folder / f"{name}.so"))
+    functions = {}
+    for _, function, parameters in found:
+        functions[function] = getattr(loaded, f"{function}_binding")
+        functions[function].argtypes = [C_TYPES[p.split()[0]] for p in parameters.split(",")]
+    return SimpleNamespace(**functions, error_string=str, archs="90a")
+
+
+def works(module: SimpleNamespace) -> bool:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with mock.patch.object(cuda_library, "_find", return_value=module), simulator.use(arch=90, seed=seed):
+            try:
+                for save in ("preact", "all"):
+                    assert_parity(
+                        gk.mlp,
+                        reference.mlp,
+                        make(CPU, 290, 400, 520, torch.bfloat16, residual=True),
+                        kwargs={"backend": "cuda", "save": save},
+                        reference_kwargs={},
+                    )
+            except (AssertionError, RuntimeError):
+                return False
+    return True
+
+
+def test_planted_bugs_are_caught(library, tmp_path):
+    if simulator.cuda_unavailable() or not cuda_build.find_nvcc():
+        pytest.skip(simulator.cuda_unavailable() or "nvcc was not found")
+    assert works(mutated(tmp_path, "unchanged", ""))
+    missed = [name for name, removed in PLANTED.items() if works(mutated(tmp_path, name, removed))]
+    assert not missed
