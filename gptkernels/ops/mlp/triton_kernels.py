@@ -12,7 +12,8 @@ from .outputs import bwd_outputs, fwd_outputs
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
 
-# arch -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit types, from benchmarks/tune_mlp.py.
+# arch -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit types: what compiles without spills.
+# benchmarks/tune_mlp.py measures these tables on a GPU, which has not happened yet.
 GEMM_LAUNCH = {
     80: (128, 128, 32, 4, 4),
     89: (128, 128, 32, 4, 3),
