@@ -90,6 +90,22 @@ def built_archs() -> list[str]:
     return load().archs.split(".")
 
 
+def not_addressable(x: torch.Tensor) -> str | None:
+    """x: (..., D) of 16-bit elements, D contiguous. Why the bulk copy engine cannot read it, or None"""
+    # While compiling there is no address to look at; the launchers copy what then turns out to be misaligned.
+    if not torch.compiler.is_compiling() and x.data_ptr() % 16:
+        return "does not start at a multiple of 16 bytes"
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size > 1 and (stride % 8 or stride == 0):
+            return f"has a stride of {stride} elements, which must be a positive multiple of 8"
+    return None
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """x: (..., D) of 16-bit elements, or a copy of it that the bulk copy engine can read"""
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or not_addressable(x) else x
+
+
 def launch(name: str, *args) -> None:
     """Calls the library's `name`: tensors go as addresses (None as 0), the current stream is added at the end."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]

@@ -32,26 +32,10 @@ def unsupported(
     if max(x.shape[-2 if x.ndim == 4 else 0] for x in (q, k)) > MAX_TOKENS:
         return f"takes up to {MAX_TOKENS} tokens"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        reason = not_addressable(x)
+        reason = cuda_library.not_addressable(x)
         if reason:
             return f"{name} {reason}"
     return cuda_library.unsupported(q.device, only_arch=90)
-
-
-def not_addressable(x: Tensor) -> str | None:
-    """x: (B, H, T, D) or (T, H, D). Why the bulk copy engine cannot read it, or None"""
-    # While compiling there is no address to look at; the launchers copy what then turns out to be misaligned.
-    if not torch.compiler.is_compiling() and x.data_ptr() % 16:
-        return "does not start at a multiple of 16 bytes"
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size > 1 and (stride % 8 or stride == 0):
-            return f"has a stride of {stride} elements, which must be a positive multiple of 8"
-    return None
-
-
-def addressable(x: Tensor) -> Tensor:
-    """x: (B, H, T, D) or (T, H, D), or a copy of it that the bulk copy engine can read"""
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or not_addressable(x) else x
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -86,7 +70,7 @@ def attention_fwd(
     out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    q, k, v = map(addressable, (q, k, v))
+    q, k, v = map(cuda_library.addressable, (q, k, v))
     cuda_library.launch(
         "attention_fwd",
         q,
@@ -129,7 +113,7 @@ def attention_bwd(
         for grad in grads:
             grad.zero_()
         return grads
-    dout, q, k, v = map(addressable, (dout, q, k, v))
+    dout, q, k, v = map(cuda_library.addressable, (dout, q, k, v))
     shape = shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale)
     addresses = (0 if x is None else x.data_ptr() for x in (key_start, cu_seqlens))
     workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(*shape[:-2], *addresses)

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from ... import cuda_library, hardware
 from ...torch_library import torch_op
-from ..attention.cuda_kernels import addressable, not_addressable
 from .eager import linear, other_grads
 from .outputs import bwd_outputs, fwd_outputs
 
@@ -27,7 +26,7 @@ def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Ten
     tensors = {"x": x, "fc_weight": fc_weight, "proj_weight": proj_weight, "residual": residual}
     for name, tensor in tensors.items():
         # What is not contiguous in its last dimension was going to be copied anyway.
-        reason = None if tensor is None or tensor.stride(-1) != 1 else not_addressable(tensor)
+        reason = None if tensor is None or tensor.stride(-1) != 1 else cuda_library.not_addressable(tensor)
         if reason:
             return f"{name} {reason}"
     return cuda_library.unsupported(x.device, only_arch=90)
@@ -104,8 +103,8 @@ def mlp_fwd(
     outputs = out, preact, act = fwd_outputs(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
     if x.shape[0] == 0:
         return outputs
-    x, fc_weight, proj_weight = map(addressable, (x, fc_weight, proj_weight))
-    residual = None if residual is None else addressable(residual)
+    x, fc_weight, proj_weight = map(cuda_library.addressable, (x, fc_weight, proj_weight))
+    residual = None if residual is None else cuda_library.addressable(residual)
     hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
     kept = None if save == "input" else preact
     fused_linear(x, fc_weight, fc_bias, activation=activation, preact=kept, out=hidden)
@@ -135,7 +134,6 @@ def mlp_bwd(
     remade = None
     if needs[3] and save != "all":
         act = remade = torch.empty_like(preact)
-    grad, partials = fused_grad_preact(
-        addressable(dout), addressable(proj_weight), preact, activation, remade, wants_partials=needs[2]
-    )
+    operands = map(cuda_library.addressable, (dout, proj_weight))
+    grad, partials = fused_grad_preact(*operands, preact, activation, remade, wants_partials=needs[2])
     return other_grads(dout, x, fc_weight, act, grad, partials, needs)
