@@ -5,17 +5,6 @@ from functools import lru_cache
 
 import torch
 
-# Dense bfloat16 TFLOP/s and GB/s as the vendor's data sheets state them, by the name that the driver reports.
-DATASHEET = {
-    "NVIDIA A100-SXM4-40GB": (312, 1555),
-    "NVIDIA A100-SXM4-80GB": (312, 2039),
-    "NVIDIA A100 80GB PCIe": (312, 1935),
-    "NVIDIA H100 80GB HBM3": (989, 3352),
-    "NVIDIA H100 PCIe": (756, 2039),
-    "NVIDIA H100 NVL": (835, 3938),
-    "NVIDIA H200": (989, 4800),
-}
-
 # What the simulator stands in for on CPU tensors: set by gptkernels.simulator, None outside of it.
 simulated_arch: int | None = None
 

@@ -32,14 +32,12 @@ def as_tuple(outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def run(op: Callable, tensors: dict[str, Tensor], cotangents: list[Tensor] | None, **kwargs):
+def run(op: Callable, tensors: dict[str, Tensor], cotangents: list[Tensor], **kwargs):
     """-> outputs, {name: gradient} for the tensors that require one. cotangents: as many as there are outputs."""
     outputs = as_tuple(op(**tensors, **kwargs))
     wanted = {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
     if not wanted:
         return outputs, {}
-    if cotangents is None:
-        cotangents = [torch.randn_like(out.detach().float()).to(out.dtype) for out in outputs]
     cotangents = [c.to(device=o.device, dtype=o.dtype) for o, c in zip(outputs, cotangents, strict=True)]
     pairs = [(out, cotangent) for out, cotangent in zip(outputs, cotangents, strict=True) if out.requires_grad]
     grads = torch.autograd.grad([out for out, _ in pairs], list(wanted.values()), [cotangent for _, cotangent in pairs])
@@ -109,7 +107,7 @@ def assert_parity(
     if cotangents is None:
         cotangents = [torch.randn(out.shape) for out in truths]
     with guarded_allocations():
-        outputs, grads = run(op, tensors, None if not truths else cotangents, **(kwargs or {}))
+        outputs, grads = run(op, tensors, cotangents, **(kwargs or {}))
     # Everything gets the cotangents as the op saw them, rounded to its outputs' dtypes.
     seen = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     truths, truth_grads = run(reference, truth_inputs, seen, **reference_kwargs)

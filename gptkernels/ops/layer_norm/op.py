@@ -7,6 +7,7 @@ from ...dispatch import select
 from ...torch_library import first_order_only
 from .. import checks
 from ..dropout import draw_seed
+from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
@@ -56,12 +57,6 @@ def add_layer_norm(
     return y.view(x.shape), h.view(x.shape)
 
 
-def check_rows(name: str, x: Tensor) -> None:
-    checks.check_tensor(name, x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name} must have a last dimension of at least 1, not shape {tuple(x.shape)}")
-
-
 def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
     checks.check_tensor("weight", weight, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
     checks.check_shape("weight", weight, x.shape[-1:], "x's last dimension")
@@ -69,12 +64,6 @@ def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
         checks.check_tensor("bias", bias, dtypes=(weight.dtype,), device=x.device)
         checks.check_shape("bias", bias, x.shape[-1:], "x's last dimension")
     checks.check_number("eps", eps, above=0)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """(..., N) -> (M, N) with a contiguous last dimension: a view where the layout allows it, else one copy."""
-    rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 class LayerNormFunction(torch.autograd.Function):

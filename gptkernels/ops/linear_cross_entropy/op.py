@@ -8,7 +8,7 @@ from torch import Tensor
 from ...dispatch import select
 from ...torch_library import first_order_only
 from .. import checks
-from ..layer_norm.op import as_rows
+from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
@@ -84,9 +84,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 def check_tensors(x, weight, targets) -> None:
-    checks.check_tensor("x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have a last dimension of at least 1, not shape {tuple(x.shape)}")
+    check_rows("x", x)
     same = checks.DTYPES if torch.is_autocast_enabled(x.device.type) else (x.dtype,)
     checks.check_tensor("weight", weight, dtypes=same, ndim=2, device=x.device)
     if weight.numel() == 0:

@@ -7,7 +7,7 @@ from ...dispatch import select
 from ...torch_library import first_order_only
 from .. import checks
 from ..autocast import autocast
-from ..layer_norm.op import as_rows
+from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
@@ -70,9 +70,7 @@ class MlpFunction(torch.autograd.Function):
 
 
 def check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual) -> None:
-    checks.check_tensor("x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have a last dimension of at least 1, not shape {tuple(x.shape)}")
+    check_rows("x", x)
     for name, weight in (("fc_weight", fc_weight), ("proj_weight", proj_weight)):
         checks.check_tensor(name, weight, dtypes=(x.dtype,), ndim=2, device=x.device)
         if weight.numel() == 0:
