@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -208,14 +210,25 @@ def resolve_device(name: str) -> tuple[str, torch.device]:
     return name, torch.device("cuda" if name == "cuda" else "cpu")
 
 
-def run(ops: list[str] | None, device_name: str, seed: int | None, json_path: str | None) -> int:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", metavar="OP", help="only this op (may be repeated)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "simulator"))
+    parser.add_argument("--seed", type=int, help="of the random inputs; a fresh one by default")
+    parser.add_argument("--json", metavar="FILE", help="also write the results there")
+
+
+def run(options: Namespace) -> int:
     """Prints a table; returns 1 if anything was wrong."""
-    device_name, device = resolve_device(device_name)
-    seed = torch.seed() % 2**31 if seed is None else seed
+    unknown = sorted(set(options.op or ()) - set(CASES))
+    if unknown:
+        print(f"gptkernels check: --op must be one of {', '.join(CASES)}, not {unknown[0]}", file=sys.stderr)
+        return 2
+    device_name, device = resolve_device(options.device)
+    seed = torch.seed() % 2**31 if options.seed is None else options.seed
     console = Console()
     jobs = [
         (name, case, backend, dtype)
-        for name in ops or CASES
+        for name in options.op or CASES
         for case in CASES[name](small=device_name != "cuda")
         for backend in (dispatch.BACKENDS if device_name != "cpu" else ("eager",))
         for dtype in DTYPES
@@ -233,8 +246,8 @@ def run(ops: list[str] | None, device_name: str, seed: int | None, json_path: st
         f"{right} right, {wrong} wrong, {len(results) - right - wrong} unsupported "
         f"on {torch.cuda.get_device_name() if device.type == 'cuda' else device_name} (--seed {seed})"
     )
-    if json_path:
-        with open(json_path, "w") as file:
+    if options.json:
+        with open(options.json, "w") as file:
             json.dump({"device": device_name, "seed": seed, "results": [asdict(r) for r in results]}, file, indent=1)
     return 1 if wrong or not right else 0
 

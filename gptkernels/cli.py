@@ -1,51 +1,42 @@
 """The command line: `gptkernels` or `python -m gptkernels`."""
 
-import argparse
 import sys
+from argparse import ArgumentParser
+from importlib import import_module
+
+# Each module has add_arguments(parser) and run(options) -> exit status, and is imported when its command is called.
+COMMANDS = {
+    "info": (".info", "versions, hardware, and which backend of which op runs here"),
+    "check": (".check", "every op and backend against the float64 reference"),
+    "build": (".build", "compile the CUDA library for this user"),
+}
 
 
-def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser("gptkernels", description="Fused kernels for GPTs: is all well here, and how fast?")
-    commands = main.add_subparsers(dest="command", required=True)
-
-    info = commands.add_parser("info", help="versions, hardware, and which backend of which op runs here")
-    info.add_argument("--json", action="store_true", help="machine-readable")
-
-    check = commands.add_parser("check", help="every op and backend against the float64 reference")
-    check.add_argument("--op", action="append", metavar="OP", help="only this op (may be repeated)")
-    check.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "simulator"))
-    check.add_argument("--seed", type=int, help="of the random inputs; a fresh one by default")
-    check.add_argument("--json", metavar="FILE", help="also write the results there")
-
-    build = commands.add_parser("build", help="compile the CUDA library for this user")
-    build.add_argument("--verbose", action="store_true", help="show the compiler's output")
-    return main
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gptkernels COMMAND [options]    (gptkernels COMMAND --help tells the options)",
+            "",
+            "Fused kernels for GPTs: is all well here, and how fast?",
+            "",
+            *lines,
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    if options.command == "info":
-        from . import info
-
-        return info.run(options.json)
-    if options.command == "check":
-        from . import check
-
-        unknown = sorted(set(options.op or ()) - set(check.CASES))
-        if unknown:
-            print(f"gptkernels check: --op must be one of {', '.join(check.CASES)}, not {unknown[0]}", file=sys.stderr)
-            return 2
-        return check.run(options.op, options.device, options.seed, options.json)
-    return build_library(options.verbose)
-
-
-def build_library(verbose: bool) -> int:
-    from . import cuda_build
-
-    try:
-        path = cuda_build.build_into_cache(verbose)
-    except cuda_build.BuildError as error:
-        print(f"gptkernels build: {error}", file=sys.stderr)
-        return 1
-    print(f"built {path}")
-    return 0
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"gptkernels: no command {name!r}, only {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module, about = COMMANDS[name]
+    command = import_module(module, __package__)
+    parser = ArgumentParser(f"gptkernels {name}", description=about)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(rest))

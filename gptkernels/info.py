@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from argparse import ArgumentParser, Namespace
 
 import torch
 from rich.console import Console
@@ -90,9 +91,13 @@ def gather() -> dict:
     }
 
 
-def run(as_json: bool) -> int:
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def run(options: Namespace) -> int:
     facts = gather()
-    if as_json:
+    if options.json:
         print(json.dumps(facts, indent=1))
         return 0
     console = Console()

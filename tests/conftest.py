@@ -25,6 +25,11 @@ def pytest_configure(config):
     if config.getoption("--device") == "interpreter":
         assert "triton" not in sys.modules, "--device=interpreter must come before Triton is imported"
         os.environ["TRITON_INTERPRET"] = "1"
+    if device_kind(config) == "simulator":
+        from gptkernels import simulator
+
+        # Whoever loads the CUDA library first decides which CUDA runtime it finds: let that be the simulator's.
+        simulator.cuda_unavailable()
 
 
 @dataclass(frozen=True)
