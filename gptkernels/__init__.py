@@ -5,6 +5,7 @@ y = gk.layer_norm(x, weight, bias)                    # the fastest backend that
 print(gk.explain(gk.layer_norm, x, weight, bias))     # which one that is, and why not the others
 """
 
+from . import nn
 from .dispatch import UnsupportedError, explain
 from .ops.attention import attention, decode_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
@@ -21,4 +22,5 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mlp",
+    "nn",
 ]
