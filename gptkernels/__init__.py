@@ -7,6 +7,7 @@ print(gk.explain(gk.layer_norm, x, weight, bias))     # which one that is, and w
 
 from . import nn
 from .dispatch import UnsupportedError, explain
+from .models import GPT, GPTConfig
 from .ops.attention import attention, decode_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,8 @@ from .ops.mlp import mlp
 
 __version__ = "0.1.0"
 __all__ = [
+    "GPT",
+    "GPTConfig",
     "UnsupportedError",
     "add_layer_norm",
     "attention",

@@ -1,0 +1,267 @@
+"""The reference GPT: GPT-1, GPT-2, GPT-3 with its dense and banded layers, and ALBERT's shared ones, in one file.
+
+Read it from the bottom: GPT embeds tokens, runs blocks, and predicts; a Block is attention and an MLP, each with a
+norm. In a pre-norm block the addition to the residual stream waits for the next norm, which does both in one pass.
+
+B: batch, T: tokens, C: width, E: width of the embeddings (C but for ALBERT), V: vocabulary.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import MLP, CausalSelfAttention, LayerNorm
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.mlp.reference import ACTIVATIONS
+from .config import GPTConfig
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, window: int | None):
+        super().__init__()
+        self.norm1 = LayerNorm(config.width, bias=config.bias, eps=config.eps, backend=config.backend)
+        self.attention = CausalSelfAttention(
+            config.width,
+            config.heads,
+            window=window,
+            causal=config.causal,
+            scale=config.attention_scale,
+            bias=config.bias and config.qkv_bias,
+            out_bias=config.bias,
+            dropout=config.attention_dropout,
+            backend=config.backend,
+        )
+        self.norm2 = LayerNorm(config.width, bias=config.bias, eps=config.eps, backend=config.backend)
+        self.mlp = MLP(
+            config.width,
+            config.hidden,
+            bias=config.bias,
+            activation=config.activation,
+            save=config.save,
+            backend=config.backend,
+        )
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, residual: Tensor | None, **context) -> tuple[Tensor, Tensor]:
+        """x: (B, T, C), not yet added to residual: (B, T, C), which is None before the first block -> the same"""
+        if residual is None:
+            y, residual = self.norm1(x), x
+        else:
+            y, residual = self.norm1(x, residual, self.dropout)
+        x = self.attention(y, **context)
+        y, residual = self.norm2(x, residual, self.dropout)
+        return self.mlp(y), residual
+
+
+class PostNormBlock(Block):
+    def forward(self, x: Tensor, residual: None, **context) -> tuple[Tensor, None]:
+        """x: (B, T, C) -> (B, T, C)"""
+        x, _ = self.norm1(self.attention(x, **context), x, self.dropout)
+        x, _ = self.norm2(self.mlp(x), x, self.dropout)
+        return x, None
+
+
+class Embedding(nn.Module):
+    """Tokens, positions and token types, at the rank of the embeddings, then at the model's width."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        rank = config.embedding_rank or config.width
+        self.token = nn.Embedding(config.vocabulary, rank)
+        self.position = nn.Embedding(config.context, rank)
+        self.token_type = nn.Embedding(config.token_types, rank) if config.token_types else None
+        if config.embedding_rank:
+            self.norm = LayerNorm(rank, bias=config.bias, eps=config.eps, backend=config.backend)
+            self.project = nn.Linear(rank, config.width, config.bias)
+        else:
+            self.norm = self.project = None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
+        """tokens, positions, token_types: (B, T) or broadcast to it -> (B, T, C)"""
+        x = self.token(tokens) + self.position(positions)
+        if self.token_type is not None:
+            x = x + self.token_type(torch.zeros_like(tokens) if token_types is None else token_types)
+        if self.project is None:
+            return self.dropout(x)
+        return self.project(self.dropout(self.norm(x)))
+
+
+class MaskedHead(nn.Module):
+    """What ALBERT does to a hidden state before it is compared with the token embeddings, and its sentence order."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        rank = config.embedding_rank or config.width
+        self.transform = nn.Linear(config.width, rank)
+        self.activation = config.activation
+        self.norm = LayerNorm(rank, eps=config.eps, backend=config.backend)
+        self.vocabulary_bias = nn.Parameter(torch.zeros(config.vocabulary))
+        self.pooler = nn.Linear(config.width, config.width)
+        self.order = nn.Linear(config.width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C) -> (..., E)"""
+        return self.norm(ACTIVATIONS[self.activation](self.transform(x)))
+
+    def order_logits(self, first: Tensor) -> Tensor:
+        """first: (B, C), the hidden state of each row's first token -> (B, 2): in order, swapped"""
+        return self.order(self.pooler(first).tanh())
+
+    def folded(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (..., E), weight: (V, E) -> the same with the vocabulary's bias as another column of the weight
+
+        The loss takes no bias; eight columns more keep the rows aligned."""
+        ones = F.pad(x.new_ones(*x.shape[:-1], 1), (0, 7))
+        bias = F.pad(self.vocabulary_bias.to(weight.dtype).unsqueeze(1), (0, 7))
+        return torch.cat((x, ones), -1), torch.cat((weight, bias), -1)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        block = PostNormBlock if config.norm == "post" else Block
+        if config.share_layers and len(set(config.pattern)) > 1:
+            raise ValueError("pattern must be of one kind where layers share their weights")
+        self.blocks = nn.ModuleList(
+            block(config, config.layer_window(layer)) for layer in range(1 if config.share_layers else config.layers)
+        )
+        self.final_norm = None
+        if config.norm == "pre":
+            self.final_norm = LayerNorm(config.width, bias=config.bias, eps=config.eps, backend=config.backend)
+        self.masked_head = MaskedHead(config) if config.objective == "masked" else None
+        rank = config.width if config.objective == "next_token" else config.embedding_rank or config.width
+        self.head = None if config.tied else nn.Linear(rank, config.vocabulary, bias=False)
+        if config.tied and rank != self.embedding.token.embedding_dim:
+            # What undoes the factorisation, for a causal model with embeddings of a lower rank.
+            self.unproject = nn.Linear(config.width, self.embedding.token.embedding_dim, bias=False)
+        else:
+            self.unproject = None
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        std = self.config.init_std
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, std)
+                if getattr(module, "bias", None) is not None:
+                    module.bias.zero_()
+        self.embedding.position.weight.normal_(0.0, self.config.position_std)
+        if self.config.scale_residual_init:
+            for block in self.blocks:
+                for projection in (block.attention.out, block.mlp.proj):
+                    projection.weight.normal_(0.0, std / math.sqrt(2 * self.config.layers))
+
+    def layers(self) -> list[Block]:
+        """The blocks in the order in which they run; a shared one is there again and again."""
+        return list(self.blocks) * (self.config.layers if self.config.share_layers else 1)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        key_start: Tensor | None = None,
+        token_types: Tensor | None = None,
+        cache=None,
+    ) -> Tensor:
+        """tokens, token_types: (B, T) int64, key_start: (B,) int32 first real token of each left-padded row
+        -> (B, T, C), what the head reads
+
+        cache: a generation.KVCache, which knows the tokens before these."""
+        check_tokens(tokens, self.config)
+        if cache is not None:
+            positions = cache.positions(tokens)
+        else:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            if key_start is not None:
+                positions = (positions - key_start.unsqueeze(1)).clamp(min=0)
+        x, residual = self.embedding(tokens, positions, token_types), None
+        for number, block in enumerate(self.layers()):
+            x, residual = block(x, residual, key_start=key_start, cache=None if cache is None else cache.layers[number])
+        if self.final_norm is None:
+            return x
+        return self.final_norm(x, residual, self.config.dropout)[0]
+
+    def head_weight(self) -> Tensor:
+        """(V, E)"""
+        return self.embedding.token.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., C) -> (..., V)"""
+        if self.masked_head is not None:
+            return F.linear(self.masked_head(hidden), self.head_weight(), self.masked_head.vocabulary_bias)
+        return F.linear(self.reduced(hidden), self.head_weight())
+
+    def reduced(self, hidden: Tensor) -> Tensor:
+        return hidden if self.unproject is None else self.unproject(hidden)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        key_start: Tensor | None = None,
+        token_types: Tensor | None = None,
+        order: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """tokens: (B, T) int64 -> logits: (B, T, V); with targets, the loss, and then no logits are ever stored.
+
+        targets: (B, T) int64, the token to predict at each position, already shifted; -100 where there is none.
+        order: (B,) int64 for the masked objective: 1 where the two segments were swapped; its loss is added.
+        reduction: "mean", "sum" or "none" -> (B, T)."""
+        hidden = self.hidden(tokens, key_start=key_start, token_types=token_types)
+        if targets is None:
+            return self.logits(hidden)
+        if self.masked_head is not None:
+            x, weight = self.masked_head.folded(self.masked_head(hidden), self.head_weight())
+        else:
+            x, weight = self.reduced(hidden), self.head_weight()
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, backend=self.config.backend)
+        if order is None:
+            return loss
+        return loss + F.cross_entropy(self.order_logits(hidden, key_start).float(), order)
+
+    def order_logits(self, hidden: Tensor, key_start: Tensor | None = None) -> Tensor:
+        """hidden: (B, T, C) -> (B, 2)"""
+        if self.masked_head is None:
+            raise ValueError('order needs a model with objective="masked"')
+        if key_start is None:
+            return self.masked_head.order_logits(hidden[:, 0])
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return self.masked_head.order_logits(hidden[rows, key_start.long()])
+
+    def generate(self, prompts, max_new_tokens: int, **options):
+        """Continues prompts: see generation.generate for the options."""
+        from .generation import generate
+
+        return generate(self, prompts, max_new_tokens, **options)
+
+    @classmethod
+    def from_hf(cls, source, **changes) -> "GPT":
+        """The model of a transformers model, a folder with one, or a name on the Hugging Face hub: see hf_weights."""
+        from .hf_weights import from_hf
+
+        return from_hf(source, **changes)
+
+    def to_hf(self, folder: str | Path | None = None):
+        """This model as a transformers model, or, with a folder, written there for from_pretrained."""
+        from .hf_weights import save_hf, to_hf
+
+        return to_hf(self) if folder is None else save_hf(self, Path(folder))
+
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def check_tokens(tokens: Tensor, config: GPTConfig) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must have shape (B, T), not {tuple(tokens.shape)}")
+    if tokens.shape[1] > config.context:
+        raise ValueError(f"tokens must be at most the context of {config.context} long, not {tokens.shape[1]}")

@@ -1,0 +1,79 @@
+"""The same GPT in plain PyTorch, weights and all: what training is compared with, step by step and second by second."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn import MLP, CausalSelfAttention, LayerNorm
+from .gpt import GPT
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+
+
+class PlainLayerNorm(LayerNorm):
+    def forward(self, x, residual=None, dropout=0.0):
+        if residual is None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        h = F.dropout(x, dropout, self.training) + residual
+        return F.layer_norm(h, self.weight.shape, self.weight, self.bias, self.eps), h
+
+
+class PlainMLP(MLP):
+    def forward(self, x, residual=None):
+        y = self.proj(ACTIVATIONS[self.activation](self.fc(x)))
+        return y if residual is None else y + residual
+
+
+class PlainAttention(CausalSelfAttention):
+    def forward(self, x, *, key_start=None, cache=None):
+        if cache is not None:
+            raise ValueError("cache must be None: the plain twin is there for comparisons, not for generation")
+        q, k, v = self.project(x)
+        dropout = self.dropout if self.training else 0.0
+        mask = self.mask(x, key_start)
+        causal = self.causal and mask is None
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, causal, scale=self.scale, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def mask(self, x: Tensor, key_start: Tensor | None) -> Tensor | None:
+        """x: (B, T, C) -> (B or 1, 1, T, T) bool, True where a query sees a key, or None where is_causal says it all"""
+        if self.window is None and key_start is None:
+            return None
+        position = torch.arange(x.shape[1], device=x.device)
+        distance = position.unsqueeze(1) - position
+        window = x.shape[1] if self.window is None else self.window
+        seen = (distance >= 0) & (distance < window) if self.causal else distance.abs() < window
+        seen = seen[None, None]
+        return seen if key_start is None else seen & (position >= key_start.view(-1, 1, 1, 1))
+
+
+class PlainGPT(GPT):
+    def forward(self, tokens, targets=None, *, key_start=None, token_types=None, order=None, reduction="mean"):
+        hidden = self.hidden(tokens, key_start=key_start, token_types=token_types)
+        logits = self.logits(hidden)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        loss = loss.view(targets.shape) if reduction == "none" else loss
+        return loss if order is None else loss + F.cross_entropy(self.order_logits(hidden, key_start).float(), order)
+
+
+PLAIN = {GPT: PlainGPT, LayerNorm: PlainLayerNorm, MLP: PlainMLP, CausalSelfAttention: PlainAttention}
+
+
+def plain_twin(model: GPT) -> GPT:
+    """A copy of the model, with its own parameters, that calls PyTorch's functions where the model calls our ops."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
+    return twin
