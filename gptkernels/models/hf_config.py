@@ -1,0 +1,224 @@
+"""transformers' configurations of the families and ours, both ways; what the other side cannot express is an error."""
+
+from .config import GPTConfig
+
+BASICS = {"tie_word_embeddings": True}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS |= {"relu2": "relu2", "silu": "silu", "swish": "silu"}
+BACK = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
+# GPT-1's own table, in which gelu is the tanh form.
+GPT1_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+GPT1_BACK = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
+
+
+def choice(settings: dict, key: str, table: dict[str, str]) -> str:
+    if settings.get(key) not in table:
+        raise ValueError(f"config.json: {key} must be one of {', '.join(table)}, not {settings.get(key)!r}")
+    return table[settings[key]]
+
+
+def require(settings: dict, **wanted) -> None:
+    for key, value in wanted.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"config.json: {key} must be {value!r}, not {settings[key]!r}")
+
+
+def same(settings: dict, *keys: str) -> float:
+    """The one value of these keys: our config has one dropout for them."""
+    values = {settings.get(key, 0.0) for key in keys}
+    if len(values) > 1:
+        raise ValueError(f"config.json: {', '.join(keys)} must be equal, not {[settings.get(key) for key in keys]}")
+    return values.pop()
+
+
+def from_gpt2(settings: dict) -> GPTConfig:
+    require(settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return GPTConfig(
+        vocabulary=settings["vocab_size"],
+        context=settings["n_positions"],
+        layers=settings["n_layer"],
+        width=settings["n_embd"],
+        heads=settings["n_head"],
+        mlp_width=settings.get("n_inner"),
+        activation=choice(settings, "activation_function", ACTIVATIONS),
+        tied=settings.get("tie_word_embeddings", True),
+        dropout=same(settings, "resid_pdrop", "embd_pdrop"),
+        attention_dropout=settings.get("attn_pdrop", 0.0),
+        eps=settings["layer_norm_epsilon"],
+        init_std=settings.get("initializer_range", 0.02),
+    )
+
+
+def to_gpt2(config: GPTConfig) -> dict:
+    return {
+        "vocab_size": config.vocabulary,
+        "n_positions": config.context,
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_inner": config.mlp_width,
+        "activation_function": BACK[config.activation],
+        "tie_word_embeddings": config.tied,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.attention_dropout,
+        "layer_norm_epsilon": config.eps,
+        "initializer_range": config.init_std,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def from_openai_gpt(settings: dict) -> GPTConfig:
+    return GPTConfig(
+        vocabulary=settings["vocab_size"],
+        context=settings["n_positions"],
+        layers=settings["n_layer"],
+        width=settings["n_embd"],
+        heads=settings["n_head"],
+        norm="post",
+        activation=choice(settings, "afn", GPT1_ACTIVATIONS),
+        tied=settings.get("tie_word_embeddings", True),
+        dropout=same(settings, "resid_pdrop", "embd_pdrop"),
+        attention_dropout=settings.get("attn_pdrop", 0.0),
+        eps=settings["layer_norm_epsilon"],
+        init_std=settings.get("initializer_range", 0.02),
+        scale_residual_init=False,
+    )
+
+
+def to_openai_gpt(config: GPTConfig) -> dict:
+    if config.mlp_width not in (None, 4 * config.width):
+        raise ValueError(f"mlp_width must be 4 * width for a GPT-1 of transformers, not {config.mlp_width}")
+    if config.activation not in GPT1_BACK:
+        raise ValueError(
+            f"activation must be one of {', '.join(GPT1_BACK)} for a GPT-1 of transformers, not {config.activation}"
+        )
+    settings = to_gpt2(config)
+    for key in ("n_inner", "activation_function", "bos_token_id", "eos_token_id"):
+        del settings[key]
+    return settings | {"afn": GPT1_BACK[config.activation]}
+
+
+def from_gpt_neo(settings: dict) -> GPTConfig:
+    kinds = settings.get("attention_layers") or [
+        kind for pattern, times in settings["attention_types"] for _ in range(times) for kind in pattern
+    ]
+    pattern = tuple("banded" if kind == "local" else "dense" for kind in kinds)
+    if len(pattern) != settings["num_layers"]:
+        raise ValueError(f"config.json: attention_types must name {settings['num_layers']} layers, not {len(pattern)}")
+    return GPTConfig(
+        vocabulary=settings["vocab_size"],
+        context=settings["max_position_embeddings"],
+        layers=settings["num_layers"],
+        width=settings["hidden_size"],
+        heads=settings["num_heads"],
+        mlp_width=settings.get("intermediate_size"),
+        pattern=shortest_period(pattern),
+        window=settings["window_size"],
+        attention_scale=1.0,
+        activation=choice(settings, "activation_function", ACTIVATIONS),
+        qkv_bias=False,
+        tied=settings.get("tie_word_embeddings", True),
+        dropout=same(settings, "resid_dropout", "embed_dropout"),
+        attention_dropout=settings.get("attention_dropout", 0.0),
+        eps=settings["layer_norm_epsilon"],
+        init_std=settings.get("initializer_range", 0.02),
+    )
+
+
+def to_gpt_neo(config: GPTConfig) -> dict:
+    if config.qkv_bias:
+        raise ValueError("qkv_bias must be False for a GPT-Neo of transformers, the only GPT there with banded layers")
+    kinds = ["local" if config.layer_window(layer) else "global" for layer in range(config.layers)]
+    return {
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context,
+        "num_layers": config.layers,
+        "hidden_size": config.width,
+        "num_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "attention_types": [[[kind], 1] for kind in kinds],
+        "window_size": config.window or 256,
+        "activation_function": BACK[config.activation],
+        "tie_word_embeddings": config.tied,
+        "resid_dropout": config.dropout,
+        "embed_dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "layer_norm_epsilon": config.eps,
+        "initializer_range": config.init_std,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def from_albert(settings: dict) -> GPTConfig:
+    require(settings, num_hidden_groups=1, inner_group_num=1, tie_word_embeddings=True)
+    require(settings, position_embedding_type="absolute")
+    return GPTConfig(
+        vocabulary=settings["vocab_size"],
+        context=settings["max_position_embeddings"],
+        layers=settings["num_hidden_layers"],
+        width=settings["hidden_size"],
+        heads=settings["num_attention_heads"],
+        mlp_width=settings["intermediate_size"],
+        norm="post",
+        activation=choice(settings, "hidden_act", ACTIVATIONS),
+        dropout=settings.get("hidden_dropout_prob", 0.0),
+        attention_dropout=settings.get("attention_probs_dropout_prob", 0.0),
+        share_layers=True,
+        embedding_rank=settings["embedding_size"],
+        token_types=settings["type_vocab_size"],
+        objective="masked",
+        eps=settings["layer_norm_eps"],
+        init_std=settings.get("initializer_range", 0.02),
+        scale_residual_init=False,
+    )
+
+
+def to_albert(config: GPTConfig) -> dict:
+    return {
+        "vocab_size": config.vocabulary,
+        "embedding_size": config.embedding_rank,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_hidden_groups": 1,
+        "inner_group_num": 1,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.hidden,
+        "hidden_act": BACK[config.activation],
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "max_position_embeddings": config.context,
+        "type_vocab_size": config.token_types,
+        "initializer_range": config.init_std,
+        "layer_norm_eps": config.eps,
+    }
+
+
+def family_of(config: GPTConfig) -> str:
+    """The family of transformers that has such a model; ValueError where none has."""
+    if not config.bias:
+        raise ValueError("bias must be True for a model of transformers: its GPTs have biases")
+    default_scale = config.attention_scale in (None, config.head_size**-0.5)
+    if config.objective == "masked":
+        complete = config.share_layers and config.embedding_rank and config.token_types and config.norm == "post"
+        if not (complete and config.tied and config.qkv_bias and default_scale) or config.pattern != ("dense",):
+            raise ValueError("a masked model must be ALBERT's (shared dense post-norm layers) for transformers")
+        return "albert"
+    if config.share_layers or config.embedding_rank or config.token_types:
+        raise ValueError("share_layers, embedding_rank and token_types have no causal model in transformers")
+    banded = any(config.layer_window(layer) for layer in range(config.layers))
+    if config.norm == "post":
+        if banded or not config.qkv_bias or not default_scale:
+            raise ValueError("a post-norm model must be GPT-1's (dense, with biases, default scale) for transformers")
+        return "openai-gpt"
+    return "gpt_neo" if banded or not config.qkv_bias or not default_scale else "gpt2"
+
+
+def shortest_period(pattern: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest sequence whose repetition gives the pattern."""
+    for length in range(1, len(pattern)):
+        if all(pattern[i] == pattern[i % length] for i in range(len(pattern))):
+            return pattern[:length]
+    return pattern
