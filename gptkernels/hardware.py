@@ -57,3 +57,15 @@ def on_device(device: torch.device):
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+# Dense bfloat16 TFLOP/s of the vendor's data sheets, by a part of the device's name; the longer names come first.
+DATA_SHEETS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
+
+
+def data_sheet_tflops(device: torch.device) -> float | None:
+    """What MFU is a share of, or None for a device without an entry."""
+    if device.type != "cuda":
+        return None
+    name = _properties(_index(device)).name
+    return next((float(peak) for part, peak in DATA_SHEETS.items() if part in name), None)
