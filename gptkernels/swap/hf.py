@@ -1,0 +1,258 @@
+"""transformers' attention on our kernels: attn_implementation="gptkernels".
+
+Imports transformers, so gptkernels itself imports this module only when it is asked to.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.utils.output_capturing import _active_collector
+
+from . import masks
+from .masks import Mask, Unrepresentable
+from .modules import settings_of
+
+NAME = "gptkernels"
+# What changes the result and is no argument of gptkernels.attention, and whether SDPA could do it.
+UNSUPPORTED = {
+    "softcap": ("soft capping of the scores", False),
+    "s_aux": ("attention sinks", False),
+    "position_bias": ("a position bias", True),
+    "head_mask": ("a head mask", False),
+}
+
+_fallback: str | None = None
+
+
+def register(fallback: str | None = None) -> None:
+    """Makes attn_implementation="gptkernels" known to transformers: the attention, and the masks it takes.
+
+    fallback: what to do with a call that the kernels cannot run exactly, such as a 4-D mask of your own: None raises
+        NotImplementedError with the reason; "sdpa" runs it with PyTorch's attention and warns once per reason.
+    """
+    global _fallback
+    if fallback not in (None, "sdpa"):
+        raise ValueError(f'fallback must be None or "sdpa", not {fallback!r}')
+    _fallback = fallback
+    AttentionInterface.register(NAME, gptkernels_attention)
+    AttentionMaskInterface.register(NAME, gptkernels_mask)
+
+
+def is_registered() -> bool:
+    return NAME in AttentionInterface._global_mapping
+
+
+def gptkernels_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **others,
+) -> Tensor:
+    """One of gptkernels.swap.masks; with the fallback and a mask that those cannot tell, transformers' mask for SDPA.
+
+    attention_mask: (B, tokens so far) bool, False for padding."""
+    try:
+        return exact_mask(q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, torch.device(device))
+    except Unrepresentable as problem:
+        fall_back(str(problem))
+        options = {**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+
+
+def exact_mask(
+    queries: int,
+    keys: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable,
+    attention_mask: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    real = None
+    if attention_mask is not None:
+        # Keys after the mask's end are unused cache.
+        real = nn.functional.pad(attention_mask, (0, max(0, keys + kv_offset - attention_mask.shape[1])))
+        real = real[:, kv_offset : kv_offset + keys]
+    if mask_function is causal_mask_function:
+        causal, window, documents = True, None, None
+    elif mask_function is bidirectional_mask_function:
+        causal, window, documents = False, None, None
+    else:
+        causal, window, documents = recognised(mask_function)
+    if documents is not None:
+        if documents.shape[1] != queries or queries != keys or not causal:
+            raise Unrepresentable("packed documents together with a cache")
+        return masks.document_mask(documents, window)
+    if not causal:
+        return masks.full_mask(keys, window, real, device)
+    if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)
+    return masks.causal_mask(queries, keys, q_offset + queries - kv_offset, window, real, device)
+
+
+@torch.compiler.disable
+def recognised(mask_function: Callable) -> tuple[bool, int | None, Tensor | None]:
+    """-> causal, window, documents, for the combinations of transformers' own mask functions that say no more."""
+    causal, window, documents = False, None, None
+    for part in parts_of(mask_function):
+        kind, cells = part.__qualname__.partition(".")[0], variables_of(part)
+        if part is causal_mask_function:
+            causal = True
+        elif kind == "sliding_window_overlay":
+            window = min(cells["sliding_window"], window or cells["sliding_window"])
+        elif kind == "sliding_window_bidirectional_overlay":
+            # Its distance is counted without the query itself.
+            window = cells["sliding_window"] + 1
+        elif kind == "packed_sequence_mask_function":
+            documents = cells["packed_sequence_mask"]
+        elif part is not bidirectional_mask_function:
+            raise Unrepresentable(f"the attention pattern {kind} of this model is not one the kernels have")
+    if window is not None and window < 1:
+        raise Unrepresentable(f"a sliding window of {window}")
+    if documents is not None and bool((documents[:, -1:] == documents).all()):
+        documents = None
+    return causal, window, documents
+
+
+def parts_of(mask_function: Callable) -> list[Callable]:
+    if getattr(mask_function, "__qualname__", "").startswith("and_masks."):
+        return [part for each in variables_of(mask_function)["mask_functions"] for part in parts_of(each)]
+    return [mask_function]
+
+
+def variables_of(function: Callable) -> dict:
+    """What a function closes over."""
+    cells = getattr(function, "__closure__", None) or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+
+
+def gptkernels_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """query: (B, H, Tq, D), key, value: (B, Hkv, Tk, D), attention_mask: of gptkernels_mask -> (B, Tq, H, D), None"""
+    try:
+        mask = mask_of_call(module, query, key, attention_mask, sliding_window, is_causal, others)
+    except Unrepresentable as problem:
+        fall_back(str(problem))
+        is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        dense = dense_mask(query, key, attention_mask, sliding_window, is_causal)
+        if others.get("output_attentions"):
+            others = {**others, "output_attentions": False}
+        return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal=False, **others)
+    settings = settings_of(module)
+    out = masks.attend(query, key, value, mask, scale=scaling, dropout=dropout, backend=settings.backend)
+    return out.transpose(1, 2), None
+
+
+def mask_of_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    is_causal: bool | None,
+    others: dict,
+) -> Mask:
+    for name, (what, sdpa_can) in UNSUPPORTED.items():
+        if others.get(name) is not None:
+            if not sdpa_can:
+                raise NotImplementedError(f'{what} ({name}): take attn_implementation="eager" for this model')
+            raise Unrepresentable(f"{what} ({name})")
+    if others.get("output_attentions") or records_attentions():
+        raise Unrepresentable("output_attentions=True: the kernels never have the attention weights as a whole")
+    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    window = settings_of(module).window
+    if attention_mask is None:
+        if sliding_window is not None and not is_causal:
+            raise Unrepresentable("a sliding window without a mask in an attention that is not causal")
+        mask = no_mask(query, key, is_causal, sliding_window, others)
+    elif masks.is_ours(attention_mask):
+        mask = masks.read(attention_mask)
+        if mask.causal and sliding_window is not None:
+            if mask.window not in (None, sliding_window):
+                raise Unrepresentable(
+                    f"the mask has a sliding window of {mask.window} keys and the layer one of {sliding_window}"
+                )
+            mask = banded(mask, sliding_window)
+    else:
+        raise Unrepresentable(
+            f"an attention_mask of shape {tuple(attention_mask.shape)} made by the caller: the kernels take padding "
+            "(B, tokens), not a mask of scores"
+        )
+    return mask if window is None else banded(mask, min(window, mask.window or window))
+
+
+def banded(mask: Mask, window: int) -> Mask:
+    if mask.kind.endswith("_any"):
+        raise Unrepresentable("attention_mask hides keys after visible ones, and the layer has a window")
+    return mask._replace(window=window)
+
+
+def no_mask(query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | None, others: dict) -> Mask:
+    """Of a call without an attention mask: packed documents, where the caller says so the way flash-attn is told."""
+    documents, keys = others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")
+    if documents is None:
+        columns = query.new_empty((1, 0), dtype=torch.int32)
+        return Mask("causal" if is_causal else "full", sliding_window, columns)
+    if (documents is not keys and not torch.equal(documents, keys)) or query.shape[2] != key.shape[2] or not is_causal:
+        raise Unrepresentable("cu_seq_lens_q other than cu_seq_lens_k")
+    return Mask("documents", sliding_window, documents.to(torch.int32).view(1, -1))
+
+
+def dense_mask(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, sliding_window: int | None, is_causal: bool
+) -> Tensor | None:
+    """What SDPA takes instead of attention_mask: (B, 1, Tq, Tk) bool, or what the caller gave."""
+    if attention_mask is not None and not masks.is_ours(attention_mask):
+        return attention_mask
+    if attention_mask is None:
+        mask = Mask("causal" if is_causal else "full", sliding_window, query.new_empty((1, 0), dtype=torch.int32))
+    else:
+        mask = masks.read(attention_mask)
+    return masks.visible_keys(mask, query.shape[0], query.shape[2], key.shape[2], query.device)
+
+
+def records_attentions() -> bool:
+    """Whether transformers is collecting attention weights, which it does not tell every layer."""
+    if torch.compiler.is_compiling():
+        return False
+    collected = _active_collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def fall_back(reason: str) -> None:
+    if _fallback is None:
+        raise NotImplementedError(
+            f'{reason}. gptkernels.hf.register(fallback="sdpa") would run it with PyTorch\'s attention.'
+        )
+    warn_once(reason)
+
+
+@cache
+def warn_once(reason: str) -> None:
+    warnings.warn(f"gptkernels: {reason}; running PyTorch's attention instead", stacklevel=3)

@@ -1,0 +1,125 @@
+"""Models of transformers whose attention is looked up by name in their configuration."""
+
+import copy
+import inspect
+import sys
+from collections.abc import Callable
+
+from torch import nn
+
+from .modules import FAMILIES, Family, is_replaced
+from .report import Left
+
+NAME = "transformers attention"
+# Of the attention module: what its scores go through that gptkernels.attention does not have.
+FEATURES = {
+    "attn_logit_softcapping": "its scores are soft-capped, which gptkernels.attention does not do",
+    "sinks": "it has attention sinks, which gptkernels.attention does not do",
+}
+# These have no such look-up, but take the masks that the configuration chooses.
+MASKS_ONLY = ("GPT-Neo attention", "GPT-J attention")
+
+
+def add_family() -> None:
+    FAMILIES[NAME] = Family(NAME, "attention", lambda module: False)
+
+
+def has_transformers(modules: dict[str, nn.Module]) -> bool:
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    return any(isinstance(module, PreTrainedModel) for module in modules.values())
+
+
+def uses_interface(module: nn.Module) -> bool:
+    forward = inspect.unwrap(type(module).forward)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def find(modules: dict[str, nn.Module], found: dict[str, list[Family]], left: list[Left]) -> dict[int, object]:
+    """Adds the attentions to found or left. -> by id, the configurations that have to name our attention."""
+    candidates: dict[int, list[str]] = {}  # by configuration: its attentions
+    reasons: dict[int, str] = {}
+    configs: dict[int, object] = {}
+    for path, module in modules.items():
+        if is_replaced(module) or "Attention" not in type(module).__name__:
+            continue
+        config, names = getattr(module, "config", None), [family.name for family in found.get(path, ())]
+        if config is None or not (uses_interface(module) or "attn_dropout" in module._modules):
+            continue
+        configs[id(config)] = config
+        candidates.setdefault(id(config), []).append(path)
+        reason = reason_against(modules, path, names)
+        if reason:
+            reasons.setdefault(id(config), reason)
+    for key, paths in candidates.items():
+        for path in paths:
+            if key in reasons:
+                kept = [family for family in found.pop(path, ()) if family.part != "attention"]
+                found.update({path: kept} if kept else {})
+                left.append(Left(path, "attention", type(modules[path]).__name__, reasons[key]))
+            elif not any(family.part == "attention" for family in found.get(path, ())):
+                found.setdefault(path, []).insert(0, FAMILIES[NAME])
+    in_order(found, modules)
+    return {key: config for key, config in configs.items() if key not in reasons}
+
+
+def in_order(found: dict[str, list[Family]], modules: dict[str, nn.Module]) -> None:
+    """As the model has them: layers are counted by that."""
+    families = dict(found)
+    found.clear()
+    found.update({path: families[path] for path in modules if path in families})
+
+
+def reason_against(modules: dict[str, nn.Module], path: str, families: list[str]) -> str | None:
+    module = modules[path]
+    for feature, reason in FEATURES.items():
+        if getattr(module, feature, None) is not None:
+            return reason
+    if any(name in MASKS_ONLY for name in families):
+        return None
+    if not uses_interface(module):
+        return f"{type(module).__name__} does not look its attention up in transformers' AttentionInterface"
+    if not getattr(owner_of(modules, path), "_supports_attention_backend", False):
+        return f"{type(owner_of(modules, path)).__name__} does not support other attentions"
+    return None
+
+
+def owner_of(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
+    """The innermost model of transformers around a module."""
+    from transformers import PreTrainedModel
+
+    while path:
+        path = path.rpartition(".")[0]
+        if isinstance(modules[path], PreTrainedModel):
+            return modules[path]
+    return None
+
+
+def switch(modules: dict[str, nn.Module], configs: dict[int, object]) -> Callable[[], None]:
+    """Gives the modules copies of those configurations that name our attention: another model may have the same ones.
+    -> what undoes it"""
+    if not configs:
+        return lambda: None
+    from transformers import PreTrainedConfig
+
+    from . import hf
+
+    if not hf.is_registered():
+        hf.register()
+    memo: dict[int, object] = {}
+    before = []
+    for module in modules.values():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                before.append((module, name, value))
+                vars(module)[name] = copy.deepcopy(value, memo)
+    for key in configs:
+        memo[key]._attn_implementation_internal = hf.NAME
+
+    def undo() -> None:
+        for module, name, value in before:
+            vars(module)[name] = value
+
+    return undo

@@ -1,0 +1,92 @@
+"""The loss of a causal language model from its hidden states, without its logits."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from .modules import FAMILIES, Family, original, settings_of
+from .parts import is_plain
+from .transformers_families import is_a
+
+# Their logits are lm_head(hidden states), no more.
+MODELS = (
+    "gpt2.modeling_gpt2.GPT2LMHeadModel",
+    "openai.modeling_openai.OpenAIGPTLMHeadModel",
+    "gpt_neo.modeling_gpt_neo.GPTNeoForCausalLM",
+    "gptj.modeling_gptj.GPTJForCausalLM",
+    "gpt_neox.modeling_gpt_neox.GPTNeoXForCausalLM",
+    "opt.modeling_opt.OPTForCausalLM",
+    "llama.modeling_llama.LlamaForCausalLM",
+    "mistral.modeling_mistral.MistralForCausalLM",
+    "qwen2.modeling_qwen2.Qwen2ForCausalLM",
+    "gemma.modeling_gemma.GemmaForCausalLM",
+)
+MODEL, HEAD = "causal language model", "language model head"
+
+
+def matches(model: nn.Module) -> bool | str:
+    if not any(is_a(model, name, "forward") for name in MODELS):
+        return False
+    if model.lm_head.bias is not None:
+        return "its lm_head has a bias, which gptkernels.linear_cross_entropy does not take"
+    if not is_plain(model.lm_head):
+        return f"its lm_head is a {type(model.lm_head).__name__} with hooks or weights of its own kind"
+    return True
+
+
+def model_forward(model: nn.Module, *args, labels: Tensor | None = None, **kwargs):
+    """In training with labels: outputs with the loss, and with None for the logits. Otherwise as it was."""
+    if not takes_loss(model, labels, kwargs):
+        return original(model, "forward")(*args, labels=labels, **kwargs)
+    names = ("num_items_in_batch", "ignore_index", "shift_labels")
+    # The head gives the loss in the place of the logits, so that whatever wraps the head (such as FSDP) still does.
+    model.lm_head.loss_arguments = {"labels": labels, **{name: kwargs[name] for name in names if name in kwargs}}
+    try:
+        outputs = original(model, "forward")(*args, **kwargs)
+    finally:
+        del model.lm_head.loss_arguments
+    if isinstance(outputs, tuple):
+        return outputs
+    return type(outputs)(**{**outputs, "loss": outputs["logits"], "logits": None})
+
+
+def takes_loss(model: nn.Module, labels: Tensor | None, kwargs: dict) -> bool:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    all_logits = kwargs.get("logits_to_keep", 0) in (0, None)
+    usual = model.loss_function is ForCausalLMLoss and is_plain(model.lm_head)
+    return labels is not None and model.training and all_logits and usual
+
+
+def head_forward(head: nn.Module, x: Tensor) -> Tensor:
+    """x: (B, T, d) -> (B, T, V), or the loss: ()"""
+    arguments = vars(head).get("loss_arguments")
+    if arguments is None:
+        return original(head, "forward")(x)
+    return shifted_loss(x, head.weight, backend=settings_of(head).backend, **arguments)
+
+
+def shifted_loss(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """transformers' loss of a causal language model. x: (B, T, d), weight: (V, d), labels, shift_labels: (B, T)"""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.to(x.device).view(x.shape[:-1])
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction, backend=backend)
+    if num_items_in_batch is None:
+        return loss
+    return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+
+
+def add_all() -> None:
+    FAMILIES[MODEL] = Family(MODEL, "loss", matches, {"forward": model_forward})
+    FAMILIES[HEAD] = Family(HEAD, "loss", lambda module: False, {"forward": head_forward})

@@ -1,0 +1,218 @@
+"""Small models of every family that accelerate() knows, and what they take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY, WIDTH, HEADS, LAYERS, TOKENS = 61, 64, 4, 3, 24
+TINY = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    name: str
+    make: Callable[[], nn.Module]
+    causal: bool = True
+    generates: bool = True
+    caches: bool = True
+    pads: bool = True
+    # What accelerate() has to call in each forward pass; a part that is not here has to be left with a reason.
+    calls: dict[str, int] = None
+
+
+def transformers_model(model: str, config: str, **options) -> Callable[[], nn.Module]:
+    def make():
+        import transformers
+
+        return getattr(transformers, model)(
+            getattr(transformers, config)(**TINY, **options, attn_implementation="eager")
+        )
+
+    return make
+
+
+def llama_like(name: str, **options) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 96, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS}
+    options = {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, **options}
+    return transformers_model(f"{name}ForCausalLM", f"{name}Config", **sizes, **options)
+
+
+GPT2 = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "n_positions": 128}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+NEO = {"hidden_size": WIDTH, "num_layers": 4, "num_heads": HEADS, "max_position_embeddings": 128, "window_size": 6}
+NEOX = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 128}
+OPT = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "ffn_dim": 128, "dropout": 0.0}
+BERT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(**BERT, image_size=16, patch_size=4, num_labels=VOCABULARY, attn_implementation="eager")
+    return ViTForImageClassification(config)
+
+
+class NanoLayerNorm(nn.Module):
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class NanoAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.resid_dropout, self.n_head, self.dropout = nn.Dropout(0.0), heads, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for y in self.c_attn(x).split(x.shape[-1], 2))
+        scores = (q @ k.mT) * k.shape[-1] ** -0.5
+        hidden = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        return self.resid_dropout(self.c_proj(out.transpose(1, 2).flatten(2)))
+
+
+class NanoMLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.c_fc, self.gelu, self.c_proj = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class NanoBlock(nn.Module):
+    def __init__(self, width: int, heads: int, bias: bool):
+        super().__init__()
+        self.ln_1, self.attn = NanoLayerNorm(width, bias), NanoAttention(width, heads)
+        self.ln_2, self.mlp = NanoLayerNorm(width, bias), NanoMLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class NanoGPT(nn.Module):
+    """The blocks as Karpathy's nanoGPT names them."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(128, WIDTH)
+        self.h = nn.ModuleList(NanoBlock(WIDTH, HEADS, bias) for _ in range(LAYERS))
+        self.ln_f, self.lm_head = NanoLayerNorm(WIDTH, bias), nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 128, dropout=0.0, batch_first=True, **options)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.encoder = nn.TransformerEncoder(layer, LAYERS)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        padding = None if attention_mask is None else attention_mask == 0
+        return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=padding))
+
+
+def calls(layers: int = LAYERS, norms: int = 0, mlps: int | None = None) -> dict[str, int]:
+    return {"attention": layers, "layer_norm": norms, "mlp": layers if mlps is None else mlps}
+
+
+PRE_NORM = calls(norms=2 * LAYERS + 1)
+ATTENTION_ONLY = calls(mlps=0)
+FAMILIES = [
+    ModelFamily("GPT-2", transformers_model("GPT2LMHeadModel", "GPT2Config", **GPT2, **NO_DROPOUT), calls=PRE_NORM),
+    ModelFamily(
+        "GPT-1",
+        transformers_model("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", **GPT2, **NO_DROPOUT),
+        caches=False,
+        calls=calls(norms=2 * LAYERS),
+    ),
+    ModelFamily(
+        "GPT-Neo",
+        transformers_model("GPTNeoForCausalLM", "GPTNeoConfig", **NEO, attention_types=[[["global", "local"], 2]]),
+        calls=calls(4, 9),
+    ),
+    ModelFamily(
+        "GPT-J",
+        transformers_model("GPTJForCausalLM", "GPTJConfig", **GPT2, **NO_DROPOUT, rotary_dim=8),
+        calls=calls(norms=LAYERS + 1),
+    ),
+    ModelFamily("GPT-NeoX", transformers_model("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX), calls=PRE_NORM),
+    ModelFamily(
+        "OPT", transformers_model("OPTForCausalLM", "OPTConfig", **OPT, word_embed_proj_dim=WIDTH), calls=PRE_NORM
+    ),
+    ModelFamily("Llama", llama_like("Llama"), calls=ATTENTION_ONLY),
+    ModelFamily("Mistral", llama_like("Mistral", sliding_window=7), calls=ATTENTION_ONLY),
+    ModelFamily(
+        "Qwen2",
+        llama_like("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        calls=ATTENTION_ONLY,
+    ),
+    ModelFamily("Gemma", llama_like("Gemma"), calls=ATTENTION_ONLY),
+    ModelFamily(
+        "BERT",
+        transformers_model("BertForMaskedLM", "BertConfig", **BERT),
+        causal=False,
+        generates=False,
+        calls=calls(norms=2 * LAYERS + 2),
+    ),
+    ModelFamily(
+        "ALBERT",
+        transformers_model("AlbertForMaskedLM", "AlbertConfig", **BERT, embedding_size=32),
+        causal=False,
+        generates=False,
+        calls=calls(norms=2 * LAYERS + 2),
+    ),
+    ModelFamily("ViT", vit, causal=False, generates=False, pads=False, calls=calls(norms=2 * LAYERS + 1)),
+    ModelFamily("nanoGPT", NanoGPT, generates=False, pads=False, calls=PRE_NORM),
+    ModelFamily("TransformerEncoder", Encoder, causal=False, generates=False, calls=calls(norms=2 * LAYERS)),
+]
+
+
+def inputs(family: ModelFamily, rows: int = 2, tokens: int = TOKENS) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if family.name == "ViT":
+        return {"pixel_values": torch.randn((rows, 3, 16, 16), generator=generator)}
+    name = "tokens" if family.name in ("nanoGPT", "TransformerEncoder") else "input_ids"
+    return {name: torch.randint(1, VOCABULARY, (rows, tokens), generator=generator)}
+
+
+def made(family: ModelFamily) -> nn.Module:
+    """In evaluation, with weights large enough for every token to matter."""
+    torch.manual_seed(0)
+    model = family.make().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def logits_of(model: nn.Module, **arguments) -> Tensor:
+    out = model(**arguments)
+    return out if isinstance(out, Tensor) else out.logits
