@@ -9,10 +9,12 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
@@ -33,6 +35,8 @@ UNSUPPORTED = {
 }
 
 _fallback: str | None = None
+# Why the fallback made a mask; layers that get it need no reason of their own.
+_explained = WeakIdKeyDictionary()
 
 
 def register(fallback: str | None = None) -> None:
@@ -45,6 +49,7 @@ def register(fallback: str | None = None) -> None:
     if fallback not in (None, "sdpa"):
         raise ValueError(f'fallback must be None or "sdpa", not {fallback!r}')
     _fallback = fallback
+    warn_once.cache_clear()
     AttentionInterface.register(NAME, gptkernels_attention)
     AttentionMaskInterface.register(NAME, gptkernels_mask)
 
@@ -72,7 +77,9 @@ def gptkernels_mask(
     except Unrepresentable as problem:
         fall_back(str(problem))
         options = {**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+        mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+        _explained[mask] = str(problem)
+        return mask
 
 
 def exact_mask(
@@ -111,7 +118,8 @@ def recognised(mask_function: Callable) -> tuple[bool, int | None, Tensor | None
     """-> causal, window, documents, for the combinations of transformers' own mask functions that say no more."""
     causal, window, documents = False, None, None
     for part in parts_of(mask_function):
-        kind, cells = part.__qualname__.partition(".")[0], variables_of(part)
+        own = part.__module__ == causal_mask_function.__module__
+        kind, cells = part.__qualname__.partition(".")[0] if own else None, variables_of(part)
         if part is causal_mask_function:
             causal = True
         elif kind == "sliding_window_overlay":
@@ -122,7 +130,9 @@ def recognised(mask_function: Callable) -> tuple[bool, int | None, Tensor | None
         elif kind == "packed_sequence_mask_function":
             documents = cells["packed_sequence_mask"]
         elif part is not bidirectional_mask_function:
-            raise Unrepresentable(f"the attention pattern {kind} of this model is not one the kernels have")
+            raise Unrepresentable(
+                f"the attention pattern {part.__qualname__} of this model is not one the kernels have"
+            )
     if window is not None and window < 1:
         raise Unrepresentable(f"a sliding window of {window}")
     if documents is not None and bool((documents[:, -1:] == documents).all()):
@@ -131,7 +141,7 @@ def recognised(mask_function: Callable) -> tuple[bool, int | None, Tensor | None
 
 
 def parts_of(mask_function: Callable) -> list[Callable]:
-    if getattr(mask_function, "__qualname__", "").startswith("and_masks."):
+    if mask_function.__qualname__ == and_masks().__qualname__:
         return [part for each in variables_of(mask_function)["mask_functions"] for part in parts_of(each)]
     return [mask_function]
 
@@ -199,6 +209,8 @@ def mask_of_call(
                     f"the mask has a sliding window of {mask.window} keys and the layer one of {sliding_window}"
                 )
             mask = banded(mask, sliding_window)
+    elif attention_mask in _explained:
+        raise Unrepresentable(_explained[attention_mask])
     else:
         raise Unrepresentable(
             f"an attention_mask of shape {tuple(attention_mask.shape)} made by the caller: the kernels take padding "

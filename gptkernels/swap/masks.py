@@ -154,10 +154,9 @@ def visible_keys(mask: Mask, rows: int, queries: int, keys: int, device: torch.d
         return seen.unsqueeze(1)
     key = torch.arange(keys, device=device)
     if mask.kind.endswith("_any"):
-        seen_any = torch.zeros((rows, keys), dtype=torch.bool, device=device)
-        seen_any.scatter_(1, columns[:, 1:].long(), key >= columns[:, :1])
-        seen = visible(queries, keys, mask.causal, mask.window, device=device)
-        return (seen & seen_any.unsqueeze(1)).unsqueeze(1)
+        seen = visible(queries, keys, mask.causal, None, columns[:, 0], device)[:, 0]
+        order = columns[:, None, 1:].long().expand(seen.shape)
+        return torch.zeros_like(seen).scatter_(2, order, seen).unsqueeze(1)
     end, start = torch.full((rows, 1), queries if mask.kind == "prefill" else keys, device=device), columns
     if mask.kind == "cache":
         end, start = columns[:, :1], columns[:, 1:]
