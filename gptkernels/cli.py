@@ -8,6 +8,8 @@ from importlib import import_module
 COMMANDS = {
     "info": (".info", "versions, hardware, and which backend of which op runs here"),
     "check": (".check", "every op and backend against the float64 reference"),
+    "bench": (".bench.run", "speed of each op against PyTorch and other libraries, proved right first"),
+    "compare": (".bench.compare", "two results of bench: SAME, FASTER, SLOWER or AMBIGUOUS"),
     "build": (".build", "compile the CUDA library for this user"),
 }
 

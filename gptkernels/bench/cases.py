@@ -1,0 +1,227 @@
+"""What is measured: each op at a shape, with its inputs and the work that it cannot avoid.
+
+Useful work, per pass, whatever a kernel really does (s = bytes per element):
+    attention       4 D nnz FLOPs forward, 10 D nnz backward, per head; nnz = T (T + 1) / 2, or T W - W (W - 1) / 2
+    decode          4 D FLOPs per head and key seen; the keys and values seen are read once
+    layer_norm      7 FLOPs per element forward, 13 backward; 2 M N s bytes forward, 3 M N s backward
+    add_layer_norm  8 and 14 FLOPs per element; 4 M N s bytes each way
+    mlp             4 M N F FLOPs forward, 8 M N F backward
+    loss            2 M N V FLOPs without gradients, 6 M N V with (they are made in the same pass)
+Bytes: each input is read once, each output and each tensor kept for backward is written once, and read once there.
+"""
+
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import attention, decode_attention
+from ..ops.attention import reference as attention_reference
+from ..ops.layer_norm import add_layer_norm, layer_norm
+from ..ops.layer_norm import reference as layer_norm_reference
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.linear_cross_entropy import reference as loss_reference
+from ..ops.mlp import mlp
+from ..ops.mlp import reference as mlp_reference
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PASSES = ("fwd", "bwd", "both")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op as it is benchmarked. `shape`: its dimensions with what they are by default; 0: see Case.of."""
+
+    function: Callable
+    reference: Callable
+    shape: dict[str, int]
+    about: str
+    passes: tuple[str, ...] = PASSES
+
+
+OPS = {
+    "attention": Op(
+        attention,
+        attention_reference.attention,
+        {"B": 1, "H": 12, "G": 0, "T": 2048, "D": 64, "W": 0},
+        "B batch, H heads, G key/value heads (H), T tokens, D head size, W window (none)",
+    ),
+    "decode_attention": Op(
+        decode_attention,
+        attention_reference.decode_attention,
+        {"B": 8, "H": 12, "G": 0, "T": 4096, "D": 64, "W": 0},
+        "B batch, H heads, G key/value heads (H), T keys in the cache, D head size, W window (none)",
+        ("fwd",),
+    ),
+    "layer_norm": Op(layer_norm, layer_norm_reference.layer_norm, {"M": 4096, "N": 768}, "M rows, N columns"),
+    "add_layer_norm": Op(
+        add_layer_norm, layer_norm_reference.add_layer_norm, {"M": 4096, "N": 768}, "M rows, N columns"
+    ),
+    "mlp": Op(mlp, mlp_reference.mlp, {"M": 4096, "N": 768, "F": 0}, "M rows, N width, F hidden width (4 N)"),
+    "linear_cross_entropy": Op(
+        linear_cross_entropy,
+        loss_reference.linear_cross_entropy,
+        {"M": 4096, "N": 768, "V": 50257},
+        "M rows, N width, V vocabulary",
+        ("fwd", "both"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: dict[str, int] = field(hash=False)
+    dtype: str
+    passes: tuple[str, ...]
+    every_peer: bool = False  # also those that take long to compile
+
+    @staticmethod
+    def of(op: str, dtype: str = "float32", passes: tuple[str, ...] = (), every_peer: bool = False, **shape: int):
+        """Dimensions that are not given are the op's defaults; passes that the op does not have are left out."""
+        spec = OPS[op]
+        unknown = sorted(set(shape) - set(spec.shape))
+        if unknown:
+            raise ValueError(f"--shape {unknown[0]} means nothing to {op}, whose dimensions are: {spec.about}")
+        full = {**spec.shape, **shape}
+        for name, size in full.items():
+            if size < (0 if name in "GWF" else 1):
+                raise ValueError(f"--shape must have a {name} of at least 1, not {size}")
+        if "G" in full:
+            full["G"] = full["G"] or full["H"]
+            if full["H"] % full["G"]:
+                raise ValueError(f"--shape must have a G that divides H={full['H']}, not {full['G']}")
+        if "F" in full:
+            full["F"] = full["F"] or 4 * full["N"]
+        if full.get("W", 0) >= full.get("T", 1):
+            full["W"] = 0
+        wanted = tuple(name for name in (passes or spec.passes) if name in spec.passes)
+        return Case(op, full, dtype, wanted, every_peer)
+
+    @property
+    def spec(self) -> Op:
+        return OPS[self.op]
+
+    @property
+    def label(self) -> str:
+        """Such as B1 H12 T2048 D64 W256: what is as it usually is stays out."""
+        usual = {"G": self.shape.get("H"), "W": 0, "F": 4 * self.shape.get("N", 0)}
+        return " ".join(f"{name}{size}" for name, size in self.shape.items() if usual.get(name) != size)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def kwargs(self) -> dict:
+        return {"window": self.shape["W"] or None} if "W" in self.shape else {}
+
+    @property
+    def has_gradients(self) -> bool:
+        return self.op != "decode_attention"
+
+    def resized(self, **shape: int) -> "Case":
+        return Case.of(self.op, self.dtype, self.passes, self.every_peer, **{**self.shape, **shape})
+
+    def with_passes(self, passes: tuple[str, ...]) -> "Case":
+        return replace(self, passes=passes)
+
+    def tensors(self, device: torch.device, seed: int, gradients: bool = True) -> dict[str, Tensor]:
+        """Fresh random inputs of the op, the same for the same seed on the same device."""
+        generator = torch.Generator(device).manual_seed(seed ^ zlib.crc32(f"{self.op} {self.label}".encode()))
+        gradients = gradients and self.has_gradients
+
+        def random(*shape: int, scale: float = 1.0, heads_inside: bool = False) -> Tensor:
+            values = torch.randn(shape, device=device, generator=generator) * scale
+            # (B, T, H, D) in memory, as the projection of a GPT leaves them, seen as (B, H, T, D)
+            values = values.to(self.torch_dtype).transpose(1, 2) if heads_inside else values.to(self.torch_dtype)
+            return values.detach().requires_grad_(gradients)
+
+        s = self.shape
+        if self.op == "attention":
+            sizes = {"q": s["H"], "k": s["G"], "v": s["G"]}
+            return {n: random(s["B"], s["T"], h, s["D"], heads_inside=True) for n, h in sizes.items()}
+        if self.op == "decode_attention":
+            caches = {name: random(s["B"], s["G"], s["T"], s["D"]) for name in ("k_cache", "v_cache")}
+            lengths = torch.full((s["B"],), s["T"], dtype=torch.int32, device=device)
+            return {"q": random(s["B"], s["H"], 1, s["D"]), **caches, "lengths": lengths}
+        rows, width = s["M"], s["N"]
+        if self.op in ("layer_norm", "add_layer_norm"):
+            inputs = ("x", "residual") if self.op == "add_layer_norm" else ("x",)
+            return {name: random(rows, width) for name in inputs} | {n: random(width) for n in ("weight", "bias")}
+        if self.op == "mlp":
+            hidden = s["F"]
+            return {
+                "x": random(rows, width),
+                "fc_weight": random(hidden, width, scale=width**-0.5),
+                "fc_bias": random(hidden),
+                "proj_weight": random(width, hidden, scale=hidden**-0.5),
+                "proj_bias": random(width),
+            }
+        targets = torch.randint(0, s["V"], (rows,), device=device, generator=generator)
+        return {"x": random(rows, width), "weight": random(s["V"], width, scale=width**-0.5), "targets": targets}
+
+    def outputs_like(self) -> tuple[str, ...]:
+        """The input that each output has the shape and dtype of; "": a float32 number."""
+        return {
+            "attention": ("q",),
+            "decode_attention": ("q",),
+            "layer_norm": ("x",),
+            "add_layer_norm": ("x", "residual"),
+            "mlp": ("x",),
+            "linear_cross_entropy": ("",),
+        }[self.op]
+
+    def seen(self) -> int:
+        """Pairs of a query and a key that it sees, in one head of one sequence"""
+        tokens, window = self.shape["T"], self.shape["W"] or self.shape["T"]
+        if self.op == "decode_attention":
+            return window
+        return tokens * window - window * (window - 1) // 2
+
+    def flops(self, which: str) -> int:
+        s = self.shape
+        if self.op in ("attention", "decode_attention"):
+            return {"fwd": 4, "bwd": 10, "both": 14}[which] * s["D"] * self.seen() * s["B"] * s["H"]
+        if self.op == "mlp":
+            return {"fwd": 4, "bwd": 8, "both": 12}[which] * s["M"] * s["N"] * s["F"]
+        if self.op == "linear_cross_entropy":
+            return {"fwd": 2, "both": 6}[which] * s["M"] * s["N"] * s["V"]
+        added = self.op == "add_layer_norm"
+        return {"fwd": 7 + added, "bwd": 13 + added, "both": 20 + 2 * added}[which] * s["M"] * s["N"]
+
+    def bytes(self, which: str) -> int:
+        """Least traffic with device memory"""
+        if which == "both" and self.op != "linear_cross_entropy":
+            return self.bytes("fwd") + self.bytes("bwd")
+        s, forward, size = self.shape, which == "fwd", self.torch_dtype.itemsize
+        if self.op == "decode_attention":
+            return s["B"] * s["D"] * (2 * s["G"] * self.seen() + 2 * s["H"]) * size
+        if self.op == "attention":
+            # q, k, v, out and the log-sum-exp; backward also dout, dq, dk, dv
+            tensors = s["B"] * s["T"] * s["D"] * (2 * s["H"] + 2 * s["G"]) * size
+            return (1 if forward else 2) * tensors + 4 * s["B"] * s["H"] * s["T"]
+        matrix = s["M"] * s["N"] * size
+        if self.op in ("layer_norm", "add_layer_norm"):
+            # mean and rstd in float32; weight and bias, or weight and both gradients
+            small = 8 * s["M"] + (2 if forward else 3) * s["N"] * size
+            return (4 if self.op == "add_layer_norm" else 2 if forward else 3) * matrix + small
+        if self.op == "mlp":
+            weights, hidden = 2 * s["N"] * s["F"] * size, s["M"] * s["F"] * size
+            # x, out and what is kept; backward: x, dout, dx, what was kept, and the weights' gradients
+            return (2 * matrix + weights if forward else 3 * matrix + 2 * weights) + hidden
+        return (1 if forward else 2) * (matrix + s["V"] * s["N"] * size) + 8 * s["M"]
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """ "B2,H16,T8192" -> {"B": 2, "H": 16, "T": 8192}"""
+    found = {}
+    for part in re.split(r"[,\s]+", text.strip()):
+        match = re.fullmatch(r"([A-Z])=?(\d+)", part)
+        if not match:
+            raise ValueError(f"--shape must look like B2,H16,T8192,D128, not {text!r}")
+        found[match[1]] = int(match[2])
+    return found

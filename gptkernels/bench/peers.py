@@ -1,0 +1,362 @@
+"""Who is measured: our backends, what PyTorch offers, and other libraries where they are installed.
+
+A contender makes, for a case, a function that is called like the op: q, k, v as (B, H, T, D), and so on. Conversions
+that are not free are part of what is timed. `naive` is what people write first, in the case's dtype.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..ops.attention.visibility import visible
+from .cases import OPS, Case
+
+ATTENTION = ("attention",)
+GELU = "gelu_tanh"  # gk.mlp's default, which every MLP here computes
+
+
+class UnfitError(RuntimeError):
+    """This contender does not do this case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    kind: str  # ours, peer, or yardstick: work of the same size, not the same function
+    ops: tuple[str, ...]
+    make: Callable[[Case, torch.device], Callable]
+    module: str = "torch"
+    install: str = ""
+    devices: tuple[str, ...] = ("cuda",)
+    slow_start: bool = False  # compiles for seconds: left out where a case does not ask for every peer
+
+    def missing(self) -> str | None:
+        """Why it cannot be called here, or None."""
+        package = self.module.split(".")[0]
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        try:
+            importlib.import_module(self.module)
+        except Exception as error:  # broken installations fail in many ways
+            return f"{self.module} does not import: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return None
+
+
+def ours(backend: str) -> Contender:
+    def make(case: Case, device: torch.device) -> Callable:
+        return lambda **tensors: case.spec.function(**tensors, **case.kwargs, backend=backend)
+
+    return Contender(backend, "ours", tuple(OPS), make, devices=("cuda", "cpu") if backend == "eager" else ("cuda",))
+
+
+def grouped(x: Tensor, case: Case) -> Tensor:
+    """x: (B, G, T, D) -> (B, H, T, D)"""
+    return x if case.shape["G"] == case.shape["H"] else x.repeat_interleave(case.shape["H"] // case.shape["G"], 1)
+
+
+def mask_of(case: Case, device: torch.device, queries: int = 0) -> Tensor:
+    """(queries, T) bool"""
+    tokens = case.shape["T"]
+    return visible(queries or tokens, tokens, True, case.kwargs["window"], device=device)
+
+
+def plain(case: Case, device: torch.device) -> Callable:
+    """Each op as a line or two of PyTorch"""
+
+    if case.op in ("attention", "decode_attention"):
+        hidden = ~mask_of(case, device, queries=1 if case.op == "decode_attention" else 0)
+
+        def attention(q, k, v):
+            k, v = grouped(k, case), grouped(v, case)
+            return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+        if case.op == "attention":
+            return attention
+        return lambda q, k_cache, v_cache, lengths: attention(q, k_cache, v_cache)
+    return {
+        "layer_norm": plain_layer_norm,
+        "add_layer_norm": plain_add_layer_norm,
+        "mlp": plain_mlp,
+        "linear_cross_entropy": plain_loss,
+    }[case.op]
+
+
+def plain_layer_norm(x, weight, bias):
+    return F.layer_norm(x, weight.shape, weight, bias)
+
+
+def plain_add_layer_norm(x, residual, weight, bias):
+    h = x + residual
+    return F.layer_norm(h, weight.shape, weight, bias), h
+
+
+def plain_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
+    return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias), approximate="tanh"), proj_weight, proj_bias)
+
+
+def plain_loss(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight).float(), targets)
+
+
+def keep_buffers() -> None:
+    """What a compiled backward pass reads has to be there still when it is timed a second time."""
+    from torch._functorch import config
+
+    config.donated_buffer = False
+
+
+def compiled(case: Case, device: torch.device) -> Callable:
+    torch.compiler.reset()
+    keep_buffers()
+    return torch.compile(plain(case, device), dynamic=False)
+
+
+def sdpa(backend: str) -> Callable:
+    def make(case: Case, device: torch.device) -> Callable:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        decoding, pinned = case.op == "decode_attention", getattr(SDPBackend, backend)
+        dense = case.kwargs["window"] is None
+        mask = None if dense else mask_of(case, device, queries=1 if decoding else 0)
+        options = {"attn_mask": mask, "is_causal": dense and not decoding}
+        options["enable_gqa"] = case.shape["G"] != case.shape["H"]
+
+        def call(q, k, v):
+            with sdpa_kernel(pinned):
+                return F.scaled_dot_product_attention(q, k, v, **options)
+
+        return (lambda q, k_cache, v_cache, lengths: call(q, k_cache, v_cache)) if decoding else call
+
+    return make
+
+
+def flex(case: Case, device: torch.device) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()
+    keep_buffers()
+    tokens, window = case.shape["T"], case.kwargs["window"] or case.shape["T"]
+
+    def seen(batch, head, query, key):
+        return (key <= query) & (query - key < window)
+
+    blocks = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
+    gqa = case.shape["G"] != case.shape["H"]
+    run = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: run(q, k, v, block_mask=blocks, enable_gqa=gqa)
+
+
+def flash_attn(case: Case, device: torch.device, module: str = "flash_attn") -> Callable:
+    function = importlib.import_module(module).flash_attn_func
+    # Counts the keys to the left of a query's own.
+    window = {} if case.kwargs["window"] is None else {"window_size": (case.kwargs["window"] - 1, 0)}
+
+    def call(q, k, v):
+        out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True, **window)
+        return first_of(out).transpose(1, 2)
+
+    return call
+
+
+def flash_attn_cute(case: Case, device: torch.device) -> Callable:
+    return flash_attn(case, device, "flash_attn.cute")
+
+
+def first_of(out) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash_attn_decode(case: Case, device: torch.device) -> Callable:
+    from flash_attn import flash_attn_with_kvcache
+
+    window = {} if case.kwargs["window"] is None else {"window_size": (case.kwargs["window"] - 1, 0)}
+
+    def call(q, k_cache, v_cache, lengths):
+        caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        out = flash_attn_with_kvcache(q.transpose(1, 2), *caches, cache_seqlens=lengths, causal=True, **window)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def xformers(case: Case, device: torch.device) -> Callable:
+    from xformers.ops import fmha
+
+    if case.shape["G"] != case.shape["H"]:
+        raise UnfitError("grouped heads need another layout there")
+    bias = fmha.attn_bias.LowerTriangularMask()
+    if case.kwargs["window"] is not None:
+        bias = fmha.attn_bias.LowerTriangularFromBottomRightMask().make_local_attention(case.kwargs["window"])
+
+    def call(q, k, v):
+        out = fmha.memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+        return out.transpose(1, 2)
+
+    return call
+
+
+def liger(case: Case, device: torch.device) -> Callable:
+    from liger_kernel.transformers import functional
+
+    def layer_norm(x, weight, bias):
+        return functional.liger_layer_norm(x, weight, bias, 1e-5)
+
+    def add_layer_norm(x, residual, weight, bias):
+        h = x + residual
+        return functional.liger_layer_norm(h, weight, bias, 1e-5), h
+
+    def loss(x, weight, targets):
+        found = functional.liger_fused_linear_cross_entropy(x, weight, targets, accum_dtype=torch.float32)
+        return first_of(found)
+
+    return {"layer_norm": layer_norm, "add_layer_norm": add_layer_norm, "linear_cross_entropy": loss}[case.op]
+
+
+def quack(case: Case, device: torch.device) -> Callable:
+    """Without its tuner, which would take longer than everything else here."""
+    if case.op == "mlp":
+        from quack.mlp import mlp_func
+
+        def mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
+            return mlp_func(x, fc_weight, proj_weight, "gelu_tanh_approx", fc_bias, proj_bias, tuned=False)
+
+        return mlp
+    if case.op == "linear_cross_entropy":
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return lambda x, weight, targets: chunked_linear_cross_entropy(x, weight, targets, tuned=False)
+    from quack.rmsnorm import layernorm_bwd, layernorm_fwd
+
+    class QuackLayerNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            # Its parameters have to be float32.
+            y, rstd, mean = layernorm_fwd(x, weight.float(), bias.float(), 1e-5, return_rstd=True, return_mean=True)
+            ctx.save_for_backward(x, weight, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight, rstd, mean = ctx.saved_tensors
+            dx, dweight, dbias = layernorm_bwd(x, weight.float(), dy, rstd, mean)
+            return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+    return lambda x, weight, bias: QuackLayerNorm.apply(x, weight, bias)
+
+
+class ProductsOnly(torch.autograd.Function):
+    """The MLP's matrix products and nothing else: what no MLP can be faster than with these products."""
+
+    @staticmethod
+    def forward(ctx, x, fc_weight, fc_bias, proj_weight, proj_bias):
+        hidden = x @ fc_weight.mT
+        ctx.save_for_backward(x, fc_weight, proj_weight, hidden)
+        return hidden @ proj_weight.mT
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, fc_weight, proj_weight, hidden = ctx.saved_tensors
+        dhidden = dout @ proj_weight
+        no_sums = dout.new_zeros(fc_weight.shape[0]), dout.new_zeros(proj_weight.shape[0])
+        return dhidden @ fc_weight, dhidden.mT @ x, no_sums[0], dout.mT @ hidden, no_sums[1]
+
+
+def products_only(case: Case, device: torch.device) -> Callable:
+    return lambda **tensors: ProductsOnly.apply(*tensors.values())
+
+
+def torch_loss(case: Case, device: torch.device) -> Callable:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UnfitError("F.linear_cross_entropy came with torch 2.13")
+    return lambda x, weight, targets: F.linear_cross_entropy(x, weight, targets)
+
+
+ANY_DEVICE = ("cuda", "cpu")
+FA2 = {"module": "flash_attn.flash_attn_interface", "install": "pip install flash-attn --no-build-isolation"}
+CONTENDERS = [
+    *(ours(backend) for backend in dispatch.BACKENDS),
+    Contender("naive", "peer", tuple(OPS), plain, devices=ANY_DEVICE),
+    Contender("sdpa-cudnn", "peer", ("attention", "decode_attention"), sdpa("CUDNN_ATTENTION")),
+    Contender("sdpa-flash", "peer", ("attention", "decode_attention"), sdpa("FLASH_ATTENTION"), devices=ANY_DEVICE),
+    Contender("sdpa-efficient", "peer", ("attention", "decode_attention"), sdpa("EFFICIENT_ATTENTION")),
+    Contender("sdpa-math", "peer", ("attention", "decode_attention"), sdpa("MATH")),
+    Contender(
+        "flash-attn-4",
+        "peer",
+        ATTENTION,
+        flash_attn_cute,
+        module="flash_attn.cute",
+        install="pip install --pre flash-attn-4",
+    ),
+    Contender("flash-attn-2", "peer", ATTENTION, flash_attn, **FA2),
+    Contender("flash-attn-2", "peer", ("decode_attention",), flash_attn_decode, **FA2),
+    Contender("xformers", "peer", ATTENTION, xformers, module="xformers.ops", install="pip install xformers"),
+    Contender(
+        "liger",
+        "peer",
+        ("layer_norm", "add_layer_norm", "linear_cross_entropy"),
+        liger,
+        module="liger_kernel.transformers.functional",
+        install="pip install liger-kernel",
+    ),
+    Contender(
+        "quack",
+        "peer",
+        ("layer_norm", "mlp", "linear_cross_entropy"),
+        quack,
+        module="quack",
+        install="pip install quack-kernels",
+    ),
+    Contender("torch-loss", "peer", ("linear_cross_entropy",), torch_loss, devices=ANY_DEVICE),
+    Contender("flex", "peer", ATTENTION, flex, slow_start=True),
+    Contender("compile", "peer", tuple(OPS), compiled, devices=ANY_DEVICE, slow_start=True),
+    Contender("products-only", "yardstick", ("mlp",), products_only, devices=ANY_DEVICE),
+]
+NAMES = tuple(dict.fromkeys(contender.name for contender in CONTENDERS))
+
+
+def chosen(
+    case: Case, device: torch.device, backends: tuple[str, ...], peers: tuple[str, ...] | None
+) -> list[Contender]:
+    """Who competes in a case. peers: names, or None for all but those that start slowly, which are there where a case
+    asks for them, on a GPU."""
+    found = []
+    for contender in CONTENDERS:
+        if case.op not in contender.ops or device.type not in contender.devices:
+            continue
+        if contender.kind == "ours":
+            wanted = not backends or contender.name in backends
+        elif peers is None:
+            wanted = not contender.slow_start or (case.every_peer and device.type == "cuda")
+        else:
+            wanted = contender.name in peers
+        if wanted:
+            found.append(contender)
+    return found
+
+
+def survey(device: torch.device) -> dict[str, dict]:
+    """Every peer that could run on such a device: whether it is here, in which version, or how to install it."""
+    from importlib.metadata import packages_distributions, version
+
+    distributions = packages_distributions()
+    found = {}
+    for contender in CONTENDERS:
+        if contender.kind != "peer" or device.type not in contender.devices:
+            continue
+        missing = contender.missing()
+        package = contender.module.split(".")[0]
+        versions = [f"{name} {version(name)}" for name in sorted(set(distributions.get(package, ())))]
+        found[contender.name] = {
+            "status": "missing" if missing else "available",
+            "version": ", ".join(versions) or None,
+            "detail": missing or "",
+            "install": contender.install if missing else "",
+        }
+    return found
