@@ -14,7 +14,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
-    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
     sdpa_mask,
@@ -141,8 +140,14 @@ def recognised(mask_function: Callable) -> tuple[bool, int | None, Tensor | None
 
 
 def parts_of(mask_function: Callable) -> list[Callable]:
-    if mask_function.__qualname__ == and_masks().__qualname__:
-        return [part for each in variables_of(mask_function)["mask_functions"] for part in parts_of(each)]
+    """What a combination of transformers' mask functions is made of."""
+    if mask_function.__module__ == causal_mask_function.__module__:
+        kind = mask_function.__qualname__.partition(".")[0]
+        if kind == "and_masks":
+            return [part for each in variables_of(mask_function)["mask_functions"] for part in parts_of(each)]
+        if kind == "remap_positions_for_packed_sequence":
+            # Positions count up within a document, so the distances between its tokens stay as they are.
+            return parts_of(variables_of(mask_function)["mask_function"])
     return [mask_function]
 
 
