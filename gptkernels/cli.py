@@ -10,6 +10,8 @@ COMMANDS = {
     "check": (".check", "every op and backend against the float64 reference"),
     "bench": (".bench.run", "speed of each op against PyTorch and other libraries, proved right first"),
     "compare": (".bench.compare", "two results of bench: SAME, FASTER, SLOWER or AMBIGUOUS"),
+    "train": (".models.train", "train or fine-tune a GPT"),
+    "generate": (".models.generate", "continue a prompt with a trained GPT"),
     "build": (".build", "compile the CUDA library for this user"),
 }
 

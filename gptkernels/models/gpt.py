@@ -219,14 +219,18 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, key_start=key_start, token_types=token_types)
         if targets is None:
             return self.logits(hidden)
+        loss = self.loss(hidden, targets, reduction)
+        if order is None:
+            return loss
+        return loss + F.cross_entropy(self.order_logits(hidden, key_start).float(), order)
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """hidden: (B, T, C), targets: (B, T)"""
         if self.masked_head is not None:
             x, weight = self.masked_head.folded(self.masked_head(hidden), self.head_weight())
         else:
             x, weight = self.reduced(hidden), self.head_weight()
-        loss = linear_cross_entropy(x, weight, targets, reduction=reduction, backend=self.config.backend)
-        if order is None:
-            return loss
-        return loss + F.cross_entropy(self.order_logits(hidden, key_start).float(), order)
+        return linear_cross_entropy(x, weight, targets, reduction=reduction, backend=self.config.backend)
 
     def order_logits(self, hidden: Tensor, key_start: Tensor | None = None) -> Tensor:
         """hidden: (B, T, C) -> (B, 2)"""

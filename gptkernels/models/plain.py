@@ -58,14 +58,9 @@ class PlainAttention(CausalSelfAttention):
 
 
 class PlainGPT(GPT):
-    def forward(self, tokens, targets=None, *, key_start=None, token_types=None, order=None, reduction="mean"):
-        hidden = self.hidden(tokens, key_start=key_start, token_types=token_types)
-        logits = self.logits(hidden)
-        if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        loss = loss.view(targets.shape) if reduction == "none" else loss
-        return loss if order is None else loss + F.cross_entropy(self.order_logits(hidden, key_start).float(), order)
+    def loss(self, hidden, targets, reduction="mean"):
+        loss = F.cross_entropy(self.logits(hidden).flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
 
 
 PLAIN = {GPT: PlainGPT, LayerNorm: PlainLayerNorm, MLP: PlainMLP, CausalSelfAttention: PlainAttention}
