@@ -13,7 +13,7 @@ import torch
 
 from gptkernels import cli
 from gptkernels.models import GPT, GPTConfig, checkpoint, cost
-from gptkernels.models.data import Text, Tokenizer, read_tokens
+from gptkernels.models.data import MaskedText, Text, Tokenizer, read_tokens
 from gptkernels.models.plain import plain_twin
 from gptkernels.models.training import NoiseScale, Trainer, TrainOptions
 
@@ -192,45 +192,32 @@ def test_bfloat16_and_compile_learn():
     assert found != expected
 
 
-WORKER = """
-import dataclasses, json, sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from test_training import OPTIONS, counting_text, model
-from gptkernels.models import checkpoint
-from gptkernels.models.parallel import Workers
-from gptkernels.models.training import Trainer
-kind, out = sys.argv[1:]
-workers = Workers(kind, "cpu")
-options = dataclasses.replace(OPTIONS, micro_batch=2)
-trainer = Trainer(model(), counting_text(), options, workers=workers, out=out)
-records = list(trainer.train())
-if workers.rank == 0:
-    print(json.dumps([[r.loss, r.gradient_norm, r.noise_scale] for r in records]))
-workers.close()
-"""
+def log(folder) -> np.ndarray:
+    """(steps, 2): loss and gradient norm"""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return np.array([[record["loss"], record["gradient_norm"]] for record in records])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(kind, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(tests=str(__file__).rsplit("/", 1)[0]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    result = subprocess.run([*command, kind, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    sizes = ("--batch", "8", "--micro-batch", "2", "--dropout", "0", "--learning-rate", "3e-3")
+    more = (*sizes, "--steps", "10", "--out")
+    assert cli.main(train_arguments(tmp_path, *more, str(tmp_path / "one"))) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = train_arguments(tmp_path, *more, str(tmp_path / kind), "--parallel", kind)
+    result = subprocess.run([*torchrun, "-m", "gptkernels", *arguments], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    found = np.array(json.loads(result.stdout.strip().splitlines()[-1]), dtype=float)
-    one = list(Trainer(model(), counting_text(), replace(OPTIONS, micro_batch=2)).train())
-    assert found[:, 0] == pytest.approx([record.loss for record in one], rel=2e-5)
-    assert found[:, 1] == pytest.approx([record.gradient_norm for record in one], rel=2e-4)
-    # Its checkpoint is one of a single process, too.
-    state = checkpoint.load(tmp_path)
-    twin = GPT(GPTConfig(**state["config"]))
-    twin.load_state_dict(state["model"])
-    resumed = Trainer(twin, counting_text(), replace(OPTIONS, steps=12))
-    resumed.resume(state)
-    assert [record.step for record in resumed.train()] == [11, 12]
-    assert len(state["optimizer"]["state"]) == len(list(twin.parameters()))
+    one, two = log(tmp_path / "one"), log(tmp_path / kind)
+    assert one[-1, 0] < one[0, 0] - 0.3
+    assert two[:, 0] == pytest.approx(one[:, 0], rel=2e-5)
+    assert two[:, 1] == pytest.approx(one[:, 1], rel=5e-4)
+    # Its checkpoint is one of a single process, too, which goes on as if it had been alone.
+    for folder in ("one", kind):
+        arguments = train_arguments(tmp_path, *sizes, "--steps", "12", "--resume", "--out", str(tmp_path / folder))
+        assert cli.main(arguments) == 0
+    one, two = log(tmp_path / "one"), log(tmp_path / kind)
+    assert len(two) == 12
+    assert two[:, 0] == pytest.approx(one[:, 0], rel=2e-5)
 
 
 def test_parallel_needs_torchrun(tmp_path, capsys):
@@ -299,6 +286,43 @@ def test_fine_tunes_weights_of_transformers(tmp_path, capsys):
     tuned, state = checkpoint.load_model(tmp_path / "tuned")
     assert (tuned.config.width, state["step"]) == (64, 3)
     assert cli.main([*train_arguments(tmp_path, "--steps", "3"), "--init-from", str(tmp_path / "tuned")]) == 0
+
+
+def test_masked_text():
+    data = MaskedText(Text(np.arange(200) % 100, 32, 100), (100, 101, 102))
+    batch = data.batch(3, 64, seed=1)
+    tokens, targets, types, order = (batch[name] for name in ("tokens", "targets", "token_types", "order"))
+    assert (tokens[:, 0] == 100).all()
+    assert ((tokens == 101).sum(1) == 2).all()
+    assert (tokens[:, -1] == 101).all()
+    asked = targets >= 0
+    assert asked.sum(1).float().mean().item() == pytest.approx(0.15 * 29, abs=0.6)
+    assert not asked[(tokens == 100) | (tokens == 101)].any()
+    assert (tokens[asked] == 102).float().mean().item() == pytest.approx(0.8, abs=0.1)
+    assert not (tokens[~asked] == 102).any()
+    # With what was masked put back: two pieces of numbers that rise by one, swapped where it says so.
+    whole = torch.where(asked, targets, tokens)
+    for row, kind, swapped in zip(whole, types, order.tolist(), strict=True):
+        first, second = row[(kind == 0) & (row < 100)], row[(kind == 1) & (row < 100)]
+        joined = torch.cat((second, first) if swapped else (first, second))
+        assert ((joined[1:] - joined[:-1]) % 100 == 1).all()
+        assert len(joined) == 29
+    assert 16 < order.sum().item() < 48
+    assert torch.equal(data.batch(3, 64, seed=1)["tokens"], tokens)
+
+
+def test_masked_models_train(tmp_path, monkeypatch):
+    from gptkernels.models import train
+
+    albert = replace(GPTConfig.preset("albert-base"), layers=2, width=64, heads=4, mlp_width=128, embedding_rank=32)
+    monkeypatch.setitem(train.MODELS, "albert-base", albert)
+    arguments = ["--model", "albert-base", "--steps", "100", "--batch", "16", "--learning-rate", "3e-3"]
+    assert cli.main(train_arguments(tmp_path, *arguments, "--out", str(tmp_path / "albert"))) == 0
+    found = log(tmp_path / "albert")[:, 0]
+    # log(259) + log(2) to begin with.
+    assert found[0] > 5.5
+    # How often each letter comes, and which half, is learnt first: 3.0 + 0.7.
+    assert found[-10:].mean() < 4.2
 
 
 def test_characters_of_several_bytes_come_whole():

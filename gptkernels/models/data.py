@@ -34,7 +34,17 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> int:
+        """Its tokens; the special ones of bytes come behind them, for a masked model."""
         return 256 if self.inner is None else self.inner.get_vocab_size()
+
+    def special(self) -> tuple[int, int, int]:
+        """The tokens [CLS], [SEP] and [MASK]."""
+        if self.inner is None:
+            return 256, 257, 258
+        found = [self.inner.token_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
+        if None in found:
+            raise ValueError("a masked model needs a tokenizer.json with the tokens [CLS], [SEP] and [MASK]")
+        return tuple(found)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode()) if self.inner is None else self.inner.encode(text, add_special_tokens=False).ids
@@ -93,6 +103,68 @@ class Text:
         return Text(self.tokens[:at], self.length, self.vocabulary), Text(
             self.tokens[at:], self.length, self.vocabulary
         )
+
+
+MASKED_SHARE = 0.15
+LONGEST_SPAN = 3
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """Two neighbouring pieces of a text, [CLS] one [SEP] other [SEP], half of the time in the wrong order, with spans
+    of up to three tokens masked: ALBERT's objective."""
+
+    text: Text
+    special: tuple[int, int, int]  # [CLS], [SEP], [MASK]
+
+    @property
+    def length(self) -> int:
+        return self.text.length
+
+    def split(self, share: float) -> tuple["MaskedText", "MaskedText | None"]:
+        text, end = self.text.split(share)
+        return MaskedText(text, self.special), None if end is None else MaskedText(end, self.special)
+
+    def batch(self, step: int, rows: int, seed: int) -> dict[str, Tensor]:
+        """-> tokens, targets (-100 where nothing is asked), token_types: (rows, length) int64, order: (rows,), 1 where
+        the pieces were swapped"""
+        cls, sep, _ = self.special
+        pieces = self.text.batch(step, rows, seed)["tokens"].numpy()[:, : self.length - 3]
+        generator = np.random.default_rng((seed, step, 1))
+        tokens = np.full((rows, self.length), sep)
+        types = np.zeros((rows, self.length), np.int64)
+        order = generator.integers(0, 2, rows)
+        cuts = generator.integers(1, pieces.shape[1], rows)
+        for row, (piece, cut, swapped) in enumerate(zip(pieces, cuts, order, strict=True)):
+            first, second = (piece[cut:], piece[:cut]) if swapped else (piece[:cut], piece[cut:])
+            tokens[row, :-1] = [cls, *first, sep, *second]
+            types[row, len(first) + 2 :] = 1
+        targets = np.full_like(tokens, -100)
+        for row in range(rows):
+            self.mask(tokens[row], targets[row], generator)
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "targets": torch.from_numpy(targets),
+            "token_types": torch.from_numpy(types),
+            "order": torch.from_numpy(order),
+        }
+
+    def mask(self, tokens: np.ndarray, targets: np.ndarray, generator: np.random.Generator) -> None:
+        """tokens, targets: (length,), changed in place: of a span, mostly [MASK], at times any token or its own"""
+        ordinary = ~np.isin(tokens, self.special[:2])
+        wanted = max(1, round(MASKED_SHARE * ordinary.sum()))
+        spans = 1 / np.arange(1, LONGEST_SPAN + 1)
+        while (targets >= 0).sum() < wanted:
+            start = generator.integers(len(tokens))
+            length = 1 + generator.choice(LONGEST_SPAN, p=spans / spans.sum())
+            for place in range(start, min(start + length, len(tokens))):
+                if ordinary[place] and targets[place] < 0:
+                    targets[place] = tokens[place]
+                    kind = generator.random()
+                    if kind < 0.8:
+                        tokens[place] = self.special[2]
+                    elif kind < 0.9:
+                        tokens[place] = generator.integers(self.text.vocabulary)
 
 
 def read_examples(path: str | Path) -> list[dict]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from . import checkpoint, cost
 from .config import PRESETS, GPTConfig
-from .data import Text, Tokenizer, read_examples, read_tokens
+from .data import MaskedText, Text, Tokenizer, read_examples, read_tokens
 from .finetune import TASKS, Examples, TaskModel, accuracy
 from .gpt import GPT
 from .hf_weights import from_hf
@@ -167,6 +167,8 @@ def make_model(options: Namespace, state: dict | None, tokenizer: Tokenizer | No
         config = MODELS[options.model]
         if tokenizer is not None:
             changes["vocabulary"] = tokenizer.vocabulary
+            if config.objective == "masked":
+                changes["vocabulary"] = max(tokenizer.vocabulary, 1 + max(tokenizer.special()))
         if options.context is not None:
             changes["context"] = options.context
         gpt = GPT(replace(config, **changes))
@@ -197,10 +199,18 @@ def make_data(options: Namespace, model: torch.nn.Module, tokenizer: Tokenizer |
         examples = read_examples(options.validation)
         return data, Examples(options.task, examples, tokenizer, length, first_special, data.labels)
     length = min(options.context or model.config.context, model.config.context)
-    text = Text(read_tokens(options.data, tokenizer), length, model.config.vocabulary)
+
+    def text(path: str) -> Text | MaskedText:
+        tokens = read_tokens(path, tokenizer)
+        if model.config.objective == "next_token":
+            return Text(tokens, length, model.config.vocabulary)
+        if tokenizer is None:
+            raise ValueError("a masked model needs text and, for tokens other than bytes, --tokenizer")
+        return MaskedText(Text(tokens, length, tokenizer.vocabulary), tokenizer.special())
+
     if options.validation:
-        return text, replace(text, tokens=read_tokens(options.validation, tokenizer))
-    return text.split(VALIDATION_SHARE)
+        return text(options.data), text(options.validation)
+    return text(options.data).split(VALIDATION_SHARE)
 
 
 def follow(console: Console, trainer: Trainer, options: Namespace, workers: Workers) -> None:
