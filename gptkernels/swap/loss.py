@@ -51,11 +51,17 @@ def model_forward(model: nn.Module, *args, labels: Tensor | None = None, **kwarg
 
 
 def takes_loss(model: nn.Module, labels: Tensor | None, kwargs: dict) -> bool:
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     all_logits = kwargs.get("logits_to_keep", 0) in (0, None)
-    usual = model.loss_function is ForCausalLMLoss and is_plain(model.lm_head)
-    return labels is not None and model.training and all_logits and usual
+    return labels is not None and model.training and all_logits and has_usual_loss(model) and is_plain(model.lm_head)
+
+
+def has_usual_loss(model: nn.Module) -> bool:
+    """Whether model.loss_function is transformers' loss of causal language models, which it also is where the kind of
+    model is not known. Asking for it would log that, which cannot be compiled."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    own = vars(model).get("_loss_function")
+    return own is LOSS_MAPPING["ForCausalLM"] if own else model.loss_type in ("ForCausalLM", None)
 
 
 def head_forward(head: nn.Module, x: Tensor) -> Tensor:
