@@ -1,0 +1,81 @@
+"""The drop-in modules against torch's own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gptkernels as gk
+
+
+def test_layer_norm():
+    ours, theirs = gk.nn.LayerNorm(48, eps=1e-3), torch.nn.LayerNorm(48, eps=1e-3)
+    with torch.no_grad():
+        ours.weight.uniform_(), ours.bias.uniform_()
+    theirs.load_state_dict(ours.state_dict())
+    x, residual = torch.randn(2, 3, 48), torch.randn(2, 3, 48)
+    torch.testing.assert_close(ours(x), theirs(x))
+    y, h = ours(x, residual)
+    torch.testing.assert_close(h, x + residual)
+    torch.testing.assert_close(y, theirs(h))
+    ours.eval()
+    torch.testing.assert_close(ours(x, residual, dropout=0.9)[1], x + residual)
+    assert (ours.train()(x, residual, dropout=0.9)[1] == residual).float().mean() > 0.8
+    assert gk.nn.LayerNorm(48, bias=False).bias is None
+
+
+@pytest.mark.parametrize("hidden", [None, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mlp(hidden, bias):
+    ours = gk.nn.MLP(24, hidden, bias=bias, activation="gelu")
+    assert ours.fc.out_features == (hidden or 96)
+    x, residual = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
+    expected = ours.proj(F.gelu(ours.fc(x)))
+    torch.testing.assert_close(ours(x), expected)
+    torch.testing.assert_close(ours(x, residual), expected + residual)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_attention_as_multihead_attention(causal):
+    ours = gk.nn.CausalSelfAttention(64, 4, causal=causal)
+    theirs = torch.nn.MultiheadAttention(64, 4, batch_first=True)
+    theirs.in_proj_weight, theirs.in_proj_bias = ours.qkv.weight, ours.qkv.bias
+    theirs.out_proj.weight, theirs.out_proj.bias = ours.out.weight, ours.out.bias
+    x = torch.randn(2, 9, 64)
+    mask = torch.ones(9, 9).triu(1).bool() if causal else None
+    torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_grouped_heads_and_windows(window):
+    ours = gk.nn.CausalSelfAttention(64, 4, kv_heads=2, window=window, scale=0.3, bias=False, out_bias=True)
+    x = torch.randn(2, 9, 64)
+    q, k, v = ours.qkv(x).view(2, 9, 8, 16).transpose(1, 2).split((4, 2, 2), 1)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    seen = torch.ones(9, 9).tril().bool()
+    seen = seen if window is None else seen & torch.ones(9, 9).triu(1 - window).bool()
+    expected = F.scaled_dot_product_attention(q, k, v, seen, scale=0.3).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ours(x), ours.out(expected))
+    assert ours.qkv.bias is None
+    assert ours.out.bias is not None
+
+
+def test_dropout_is_for_training():
+    module, x = gk.nn.CausalSelfAttention(64, 4, dropout=0.5), torch.randn(1, 9, 64)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_copies_and_pickles():
+    x = torch.randn(1, 9, 64)
+    for module in (gk.nn.CausalSelfAttention(64, 4, window=3), gk.nn.MLP(64), gk.nn.LayerNorm(64)):
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(other(x), module(x))
+
+
+def test_bad_heads():
+    with pytest.raises(ValueError, match="heads must divide the width of 64, not 5"):
+        gk.nn.CausalSelfAttention(64, 5)
