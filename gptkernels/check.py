@@ -215,10 +215,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "simulator"))
     parser.add_argument("--seed", type=int, help="of the random inputs; a fresh one by default")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
+    parser.add_argument(
+        "--hf",
+        metavar="PATH",
+        help="instead: prove accelerate() on this model of transformers and measure what it gains; a folder, or a "
+        "config.json for random weights",
+    )
 
 
 def run(options: Namespace) -> int:
     """Prints a table; returns 1 if anything was wrong."""
+    if options.hf:
+        from .swap.check import run as check_model
+
+        return check_model(options)
     unknown = sorted(set(options.op or ()) - set(CASES))
     if unknown:
         print(f"gptkernels check: --op must be one of {', '.join(CASES)}, not {unknown[0]}", file=sys.stderr)

@@ -27,6 +27,7 @@ from torch import nn
 import gptkernels as gk
 
 pytest.importorskip("transformers")
+TESTS = Path(__file__).parent
 
 
 def family(name: str):
@@ -145,6 +146,11 @@ def test_report_on_the_meta_device():
     assert {row.backend for row in report.replaced} == {"not known on the meta device"}
 
 
+def test_our_own_modules_are_as_fast_as_they_get():
+    with pytest.raises(ValueError, match="Sequential has none"):
+        gk.accelerate(nn.Sequential(gk.nn.CausalSelfAttention(64, 4), gk.nn.LayerNorm(64), gk.nn.MLP(64)))
+
+
 def test_hooks_and_adapters_keep_working():
     model = made(family("GPT-2"))
     block, seen = model.transformer.h[1], []
@@ -197,7 +203,45 @@ model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
 logits = model(**inputs(FAMILIES[0])).logits
 assert torch.equal(logits, torch.load({str(tmp_path / "logits.pt")!r}))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS)
+
+
+FSDP = """
+import copy, os, torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from swap_models import FAMILIES, inputs, made
+import gptkernels as gk
+
+init_process_group("gloo", init_method="file://STORE", rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+tokens = inputs(FAMILIES[0])["input_ids"]
+for first in ("accelerate", "shard"):
+    model = made(FAMILIES[0]).train()
+    fast = copy.deepcopy(model)
+    report = gk.accelerate(fast) if first == "accelerate" else None
+    for block in fast.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(fast, mesh=mesh)
+    report = report or gk.accelerate(fast)
+    assert report.counts() == {"loss": 1, "attention": 3, "norm": 7, "mlp": 3}
+    losses = [each(tokens, labels=tokens).loss for each in (model, fast)]
+    [loss.backward() for loss in losses]
+    torch.testing.assert_close(*losses)
+    for mine, theirs in zip(fast.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-5)
+    try:
+        report.undo()
+        assert first == "shard"
+    except RuntimeError as error:
+        assert first == "accelerate" and "by FSDP?" in str(error)
+destroy_process_group()
+"""
+
+
+def test_fsdp_before_and_after(tmp_path):
+    subprocess.run([sys.executable, "-c", FSDP.replace("STORE", str(tmp_path / "store"))], check=True, cwd=TESTS)
 
 
 class Scaled(NanoAttention):

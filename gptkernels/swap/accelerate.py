@@ -14,7 +14,7 @@ from ..ops.mlp import mlp as mlp_op
 from . import interface
 from .families import PARTS
 from .loss import HEAD, MODEL
-from .modules import FAMILIES, Family, Settings, is_replaced, replace, restore
+from .modules import FAMILIES, Family, Settings, check_restorable, is_replaced, replace, restore
 from .parts import is_float64
 from .probe import difference
 from .report import Left, Replaced, Report
@@ -68,6 +68,8 @@ def accelerate(
 
     def undo() -> None:
         for path in found:
+            check_restorable(modules[path])
+        for path in found:
             restore(modules[path])
         undo_configs()
 
@@ -102,6 +104,8 @@ def find(modules: dict[str, nn.Module], enabled: set[str]) -> tuple[dict[str, li
     found: dict[str, list[Family]] = {}
     left = []
     for path, module in modules.items():
+        if type(module).__module__.startswith("gptkernels."):
+            continue
         if is_replaced(module):
             left.append(Left(path, "", type(module).__name__, "it is replaced already; undo that first"))
             continue

@@ -42,11 +42,15 @@ def replace(module: nn.Module, families: tuple[str, ...], settings: Settings) ->
     module.__dict__[SETTINGS] = settings
 
 
-def restore(module: nn.Module) -> None:
+def check_restorable(module: nn.Module) -> None:
     cls = type(module)
     if "gptkernels_original" not in vars(cls):
-        raise RuntimeError(f"{cls.__name__} was wrapped in another class after it was replaced: undo that one first")
-    module.__class__ = cls.gptkernels_original
+        raise RuntimeError(f"{cls.__name__} was given another class after it was replaced (by FSDP?): undo that first")
+
+
+def restore(module: nn.Module) -> None:
+    check_restorable(module)
+    module.__class__ = type(module).gptkernels_original
     del module.__dict__[SETTINGS]
 
 
