@@ -34,6 +34,29 @@ def family(name: str):
     return next(each for each in FAMILIES if each.name == name)
 
 
+def test_examples_of_the_readme(monkeypatch):
+    """As they stand there, with small models instead of large ones."""
+    import transformers
+
+    made_for = {"openai-community/gpt2": "GPT-2", "EleutherAI/gpt-neo-125m": "GPT-Neo"}
+    made_for["mistralai/Mistral-7B-v0.1"] = "Mistral"
+
+    def from_pretrained(name, attn_implementation="eager"):
+        model = made(family(made_for[name]))
+        model.set_attn_implementation(attn_implementation)
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    section = (TESTS.parent / "README.md").read_text().split("\n## Existing models\n")[1].split("\n## ")[0]
+    names = {"GPT": lambda config: NanoGPT(), "GPTConfig": dict}
+    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert names["report"].counts() == {"attention": 3, "norm": 7, "mlp": 3}
+    assert [row.became for row in names["report"].replaced if "window 256" in row.became]
+
+
 def test_report_says_what_happened_and_why():
     model = made(family("Llama"))
     report = gk.accelerate(model, window=4, layers=[1])

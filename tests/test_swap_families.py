@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import gptkernels as gk
 from gptkernels import dispatch
 
 pytest.importorskip("transformers")
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "families.json"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 EXACT = "exact"
 FEATURES = ("attention", "norm", "mlp", "loss", "left padding", "right padding", "generate", "window")
 table: dict[str, dict[str, str]] = {}
@@ -293,3 +295,5 @@ def test_table_of_the_readme():
     if os.environ.get("GPTKERNELS_WRITE_TABLES") == "1":
         RESULTS.write_text(found + "\n")
     assert RESULTS.read_text() == found + "\n", "GPTKERNELS_WRITE_TABLES=1 pytest tests/test_swap_families.py writes it"
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+    assert report["families"]() in (ROOT / "README.md").read_text(), "python benchmarks/report.py fills it in"
