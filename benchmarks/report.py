@@ -67,8 +67,8 @@ def families() -> str:
     made = table(["accelerate()", *(columns.get(feature, feature) for feature in features)], rows)
     numbered = "; ".join(f"({number}) {note}" for number, note in enumerate(notes, 1))
     meaning = (
-        "Exact: as the untouched model in float32 to 1e-5, every parameter's gradient and 20 steps of training included, "
-        "and in bfloat16 at most twice as far from the truth; generated tokens are the same."
+        "Exact: as the untouched model in float32 to 1e-5, every parameter's gradient and 20 steps of training "
+        "included, and in bfloat16 at most twice as far from the truth; generated tokens are the same."
     )
     return f"{made}\n\n{meaning} Left: {numbered}."
 
