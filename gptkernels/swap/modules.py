@@ -60,7 +60,7 @@ def is_replaced(module: nn.Module) -> bool:
 
 def original(module: nn.Module, name: str) -> Callable:
     """The method as it was, bound to the module."""
-    return getattr(type(module).gptkernels_original, name).__get__(module)
+    return functools.partial(getattr(type(module).gptkernels_original, name), module)
 
 
 @functools.cache
