@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": (".bench.compare", "two results of bench: SAME, FASTER, SLOWER or AMBIGUOUS"),
     "train": (".models.train", "train or fine-tune a GPT"),
     "generate": (".models.generate", "continue a prompt with a trained GPT"),
+    "profile": (".profile.run", "tokens per second of a whole model, and where its time and memory go"),
     "build": (".build", "compile the CUDA library for this user"),
 }
 

@@ -1,0 +1,200 @@
+"""A model and what it does in a step: training on random tokens, or a forward pass over them."""
+
+import copy
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from ..models import cost
+from ..models.config import GPTConfig
+from .shares import PREFIX
+
+
+@dataclass
+class Subject:
+    """A model before and after, and what it is known to cost"""
+
+    name: str
+    plain: nn.Module
+    ours: nn.Module
+    vocabulary: int
+    context: int
+    config: GPTConfig | None  # None for a model of somebody else's
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, tokens, targets) -> ()
+    logits: Callable[[nn.Module, Tensor], Tensor]
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """What FSDP gathers one at a time"""
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        return list(max(lists, key=len, default=[]))
+
+
+def of_preset(name: str, backend: str, dropout: float, length: int | None) -> Subject:
+    from ..models.gpt import GPT
+    from ..models.plain import plain_twin
+
+    config = GPTConfig.preset(name, backend=backend, dropout=dropout, attention_dropout=dropout)
+    if config.objective != "next_token":
+        raise ValueError(f"--model must predict next tokens, which {name} does not")
+    if length and length > config.context:
+        raise ValueError(f"--seq must be at most {name}'s context of {config.context}, not {length}")
+    ours = GPT(config)
+    return Subject(
+        name,
+        plain_twin(ours),
+        ours,
+        config.vocabulary,
+        config.context,
+        config,
+        lambda model, tokens, targets: model(tokens, targets),
+        lambda model, tokens: model(tokens),
+    )
+
+
+def of_hf(path: str, backend: str) -> Subject:
+    """A model of transformers, as it is and accelerated"""
+    from transformers import AutoModelForCausalLM
+
+    from .. import accelerate
+
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ours = copy.deepcopy(plain)
+    accelerate(ours, backend=backend)
+    return Subject(
+        path,
+        plain,
+        ours,
+        plain.config.vocab_size,
+        getattr(plain.config, "max_position_embeddings", None) or 1024,
+        None,
+        # transformers shifts the labels itself.
+        lambda model, tokens, targets: model(input_ids=tokens, labels=tokens, use_cache=False).loss,
+        lambda model, tokens: model(input_ids=tokens, use_cache=False).logits,
+    )
+
+
+class Workload:
+    """One model at work. `unwrapped` is the model, `model` what DDP or FSDP made of it."""
+
+    def __init__(self, subject: Subject, unwrapped: nn.Module, options, workers):
+        self.subject, self.unwrapped, self.device = subject, unwrapped, workers.device
+        self.training = not options.infer
+        self.dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+        unwrapped.train(self.training)
+        self.model = workers.wrap(unwrapped, subject.blocks(unwrapped), self.dtype)
+        generator = torch.Generator().manual_seed(workers.rank)
+        tokens = torch.randint(subject.vocabulary, (options.batch, options.seq + 1), generator=generator)
+        self.tokens, self.targets = (x.to(self.device).contiguous() for x in (tokens[:, :-1], tokens[:, 1:]))
+        self.optimizer = None
+        if self.training:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+
+    def forward(self) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.training:
+                return self.subject.loss(self.model, self.tokens, self.targets)
+            with torch.no_grad():
+                return self.subject.logits(self.model, self.tokens)
+
+    def step(self) -> Tensor:
+        """-> loss, or a mean of the logits"""
+        out = self.forward()
+        if not self.training:
+            return out
+        out.backward()
+        with record_function(PREFIX + "optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return out.detach()
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self) -> float:
+        """Of one step"""
+        self.synchronize()
+        started = time.perf_counter()
+        self.step()
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def lasting(self) -> dict[str, int]:
+        """Bytes of what is there between steps"""
+        weights = itertools.chain(self.unwrapped.parameters(), self.unwrapped.buffers())
+        found = {"weights": storage_bytes(weights)}
+        if self.training:
+            states = (x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
+            found["optimizer"] = storage_bytes(states)
+        return found
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by what fills them; activations: what forward keeps for backward"""
+        found = self.lasting()
+        if not self.training:
+            return found
+        found["gradients"] = storage_bytes(self.unwrapped.parameters())
+        own = {local(x).untyped_storage().data_ptr() for x in self.unwrapped.parameters()}
+        kept: dict[int, Tensor] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            pointer = local(x).untyped_storage().data_ptr()
+            if pointer not in own:
+                kept[pointer] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = self.forward()
+        found["activations"] = storage_bytes(kept.values())
+        kept.clear()
+        out.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+
+def local(x: Tensor) -> Tensor:
+    """FSDP's tensors are shares of larger ones."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def storage_bytes(tensors) -> int:
+    sizes = {(s := local(x).untyped_storage()).data_ptr(): s.nbytes() for x in tensors}
+    return sum(sizes.values())
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Per token. hardware: with what is computed again to save memory."""
+
+    dense: float
+    window_aware: float
+    hardware: float
+    formula: str
+
+
+def flops_of(subject: Subject, length: int, training: bool) -> Flops:
+    config, passes = subject.config, 3 if training else 1
+    if config is None:
+        weights = sum(p.numel() for name, p in subject.plain.named_parameters() if p.ndim == 2 and "wpe" not in name)
+        hf = subject.plain.config
+        scores = 4 * hf.hidden_size * hf.num_hidden_layers * (length + 1) / 2
+        total = passes * (2 * weights + scores)
+        again = hf.hidden_size * 2 * hf.num_hidden_layers * (length + 1) / 2 if training else 0.0
+        return Flops(total, total, total + again, "2 weights + 4 C layers (T + 1) / 2 per token")
+    dense, aware = (passes * cost.forward_flops_per_token(config, length, window_aware=w) for w in (False, True))
+    again = 0.0
+    if training:
+        # Backward computes the scores again, and the MLP's first product where only its input was kept.
+        again = sum(2 * config.width * cost.keys_seen(config, i, length) for i in range(config.layers))
+        again += 2 * config.width * config.hidden * config.layers * (config.save == "input")
+    return Flops(
+        dense,
+        aware,
+        aware + again,
+        "per token and layer 8 C^2 + 4 C F + 4 C keys, once 2 C V; keys: (T + 1) / 2 dense, w - w (w - 1) / 2 T banded",
+    )
