@@ -9,7 +9,7 @@ from parity import assert_parity
 
 import gptkernels as gk
 from gptkernels import simulator
-from gptkernels.ops.mlp import eager, reference, triton_kernels
+from gptkernels.ops.mlp import eager, outputs, reference, triton_kernels
 
 BACKENDS = ["eager", "fused", "pointwise"]
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -139,6 +139,45 @@ def test_strides(anywhere, backend):
     assert_mlp_parity({**tensors, "x": batched, "residual": None}, backend)
     transposed = tensors["fc_weight"].detach().t().contiguous().t().requires_grad_()
     assert_mlp_parity({**tensors, "fc_weight": transposed}, backend)
+
+
+def transposed(tensors: dict, *names: str) -> dict:
+    """With those weights as views of matrices (in, out)"""
+    return tensors | {name: tensors[name].detach().t().contiguous().t().requires_grad_() for name in names}
+
+
+@pytest.mark.parametrize("copies_from", [0, 10**9])
+@pytest.mark.parametrize("names", [("fc_weight",), ("proj_weight",), ("fc_weight", "proj_weight")])
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_transposed_weights(anywhere, backend, names, copies_from):
+    """Right in every layout, gradients in the weights' own; few rows take the weights as they are."""
+    anywhere.require(backend)
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = transposed(make(anywhere, 40, 64, 128, dtype, residual=True), *names)
+        with mock.patch.object(outputs, "COPIES_FROM_ROWS", copies_from):
+            for save in ("all", "preact", "input"):
+                assert_mlp_parity(tensors, backend, save=save)
+            out = gk.mlp(**tensors, backend=backend)
+        saved = {tensor.data_ptr() for tensor in out.grad_fn.next_functions[0][0].saved_tensors}
+        assert {tensors["fc_weight"].data_ptr(), tensors["proj_weight"].data_ptr()} <= saved
+        grads = torch.autograd.grad(out.sum(), tensors.values())
+        for grad, tensor in zip(grads, tensors.values(), strict=True):
+            assert grad.stride() == tensor.stride()
+    kernels = eager if backend == "eager" else triton_kernels
+    arguments = tuple(t.detach() for t in tensors.values())
+    torch.library.opcheck(kernels.mlp_fwd.torch_op, (*arguments, "gelu", "all"))
+    out, preact, act = kernels.mlp_fwd(*arguments, "gelu", "all")
+    x, fc_weight, fc_bias, proj_weight = arguments[:4]
+    backward = (torch.ones_like(out), x, fc_weight, fc_bias, proj_weight, preact, act, "gelu", "all", [True] * 5)
+    torch.library.opcheck(kernels.mlp_bwd.torch_op, backward)
+
+
+@pytest.mark.parametrize(("copies_from", "detail"), [(0, "fused epilogues"), (41, "cuBLAS and a fused pointwise pass")])
+def test_few_rows_are_not_worth_a_copy(anywhere, copies_from, detail):
+    anywhere.require("triton")
+    tensors = transposed(make(anywhere, 40, 64, 128, torch.bfloat16), "fc_weight", "proj_weight")
+    with mock.patch.object(outputs, "COPIES_FROM_ROWS", copies_from):
+        assert gk.explain(gk.mlp, **tensors, backend="triton").detail == detail
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from compile_gate import tool
 from parity import assert_parity
-from test_mlp import ACTIVATIONS, assert_mlp_parity, make
+from test_mlp import ACTIVATIONS, assert_mlp_parity, make, transposed
 
 import gptkernels as gk
 from gptkernels import cuda_build, cuda_library, simulator
-from gptkernels.ops.mlp import cuda_kernels, reference
+from gptkernels.ops.mlp import cuda_kernels, outputs, reference
 
 CPU = SimpleNamespace(device=torch.device("cpu"))
 
@@ -55,6 +55,18 @@ def test_sizes(hopper, rows, d, hidden, out, dtype):
 def test_bias_and_residual(hopper, bias, residual):
     for save in ("preact", "input"):
         assert_mlp_parity(make(hopper, 50, 64, 136, torch.float16, bias=bias, residual=residual), "cuda", save=save)
+
+
+@pytest.mark.parametrize("copies_from", [0, 10**9])
+def test_transposed_weights(hopper, copies_from):
+    """Copied for the fused kernels, or, for few rows, used by cuBLAS as they are."""
+    tensors = transposed(make(hopper, 40, 64, 128, torch.bfloat16, residual=True), "fc_weight", "proj_weight")
+    with mock.patch.object(outputs, "COPIES_FROM_ROWS", copies_from):
+        for save in ("all", "preact", "input"):
+            assert_mlp_parity(tensors, "cuda", save=save)
+        with mock.patch.object(cuda_library, "launch", side_effect=cuda_library.launch) as launch:
+            gk.mlp(**tensors, backend="cuda").sum().backward()
+    assert launch.called == (copies_from == 0)
 
 
 def test_many_tiles(hopper):

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from ... import cuda_library, hardware
 from ...torch_library import torch_op
+from . import eager
 from .eager import linear, other_grads
-from .outputs import bwd_outputs, fwd_outputs
+from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
 
 # The numbers that csrc/mlp/mlp.h gives them.
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "silu": 5}
@@ -103,6 +104,8 @@ def mlp_fwd(
     outputs = out, preact, act = fwd_outputs(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
     if x.shape[0] == 0:
         return outputs
+    if copies_cost_more(x, fc_weight, proj_weight):
+        return eager.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
     x, fc_weight, proj_weight = map(cuda_library.addressable, (x, fc_weight, proj_weight))
     residual = None if residual is None else cuda_library.addressable(residual)
     hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -129,6 +132,8 @@ def mlp_bwd(
     if x.shape[0] == 0:
         grads = bwd_outputs(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
         return tuple(grad.zero_() for grad in grads)
+    if copies_cost_more(x, fc_weight, proj_weight):
+        return eager.mlp_bwd(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
     if save == "input":
         preact = linear(x, fc_weight, fc_bias)
     remade = None
@@ -136,4 +141,4 @@ def mlp_bwd(
         act = remade = torch.empty_like(preact)
     operands = map(cuda_library.addressable, (dout, proj_weight))
     grad, partials = fused_grad_preact(*operands, preact, activation, remade, wants_partials=needs[2])
-    return other_grads(dout, x, fc_weight, act, grad, partials, needs)
+    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs)

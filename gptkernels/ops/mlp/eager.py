@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...torch_library import torch_op
-from .outputs import bwd_outputs, fwd_outputs
+from .outputs import bwd_outputs, fwd_outputs, is_transposed
 
 FORWARD = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -73,14 +73,14 @@ def mlp_bwd(
         preact = linear(x, fc_weight, fc_bias)
     grad_proj_weight = none
     if needs_proj_weight:
-        grad_proj_weight = dout.mT @ (act if save == "all" else FORWARD[activation](preact))
+        grad_proj_weight = weight_grad(dout, act if save == "all" else FORWARD[activation](preact), proj_weight)
     grad_proj_bias = column_sum(dout) if needs_proj_bias else none
     if not (needs_x or needs_fc_weight or needs_fc_bias):
         return none, none, none, grad_proj_weight, grad_proj_bias
     grad_preact = BACKWARD[activation](dout @ proj_weight, preact)
     return (
         grad_preact @ fc_weight if needs_x else none,
-        grad_preact.mT @ x if needs_fc_weight else none,
+        weight_grad(grad_preact, x, fc_weight) if needs_fc_weight else none,
         column_sum(grad_preact) if needs_fc_bias else none,
         grad_proj_weight,
         grad_proj_bias,
@@ -91,6 +91,7 @@ def other_grads(
     dout: Tensor,
     x: Tensor,
     fc_weight: Tensor,
+    proj_weight: Tensor,
     act: Tensor,
     grad_preact: Tensor,
     partials: Tensor | None,
@@ -101,11 +102,16 @@ def other_grads(
     none = torch.empty((0,), dtype=x.dtype, device=x.device)
     return (
         grad_preact @ fc_weight if needs_x else none,
-        grad_preact.mT @ x if needs_fc_weight else none,
+        weight_grad(grad_preact, x, fc_weight) if needs_fc_weight else none,
         partials.sum(0).to(x.dtype) if needs_fc_bias else none,
-        dout.mT @ act if needs_proj_weight else none,
+        weight_grad(dout, act, proj_weight) if needs_proj_weight else none,
         column_sum(dout) if needs_proj_bias else none,
     )
+
+
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """grad: (M, N), x: (M, K) -> grad.mT @ x: (N, K), in memory as the weight is"""
+    return (x.mT @ grad).mT if is_transposed(weight) else grad.mT @ x
 
 
 def column_sum(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from .. import checks
 from ..autocast import autocast
 from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
+from .outputs import is_transposed
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 ACTIVATIONS = tuple(eager.FORWARD)
@@ -36,6 +37,8 @@ def mlp(
         before), "input" (neither: the first product is computed again).
     float32 products follow torch.get_float32_matmul_precision(). Under autocast everything is cast to its dtype. An x
     whose rows are not evenly spaced, or whose last dimension is not contiguous, is copied once.
+    Weights may be views (out, in) of matrices (in, out), and their gradients then are, too. Few rows take them as they
+    are; many rows copy them for a fused kernel.
     """
     x, fc_weight, fc_bias, proj_weight, proj_bias, residual = autocast(
         x, fc_weight, fc_bias, proj_weight, proj_bias, residual
@@ -45,7 +48,9 @@ def mlp(
     checks.check_choice("save", save, SAVE)
     kernels = select("mlp", BACKENDS, backend, x.device, (x, fc_weight, proj_weight, residual))
     rows = None if residual is None else as_rows(residual)
-    parameters = [None if p is None else p.contiguous() for p in (fc_weight, fc_bias, proj_weight, proj_bias)]
+    fc_weight, proj_weight = (w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight))
+    fc_bias, proj_bias = (None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias))
+    parameters = fc_weight, fc_bias, proj_weight, proj_bias
     out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save)
     return out.view(*x.shape[:-1], proj_weight.shape[0])
 

@@ -6,6 +6,10 @@ Outputs that a call does not have are empty tensors, because a torch.library op 
 import torch
 from torch import Tensor
 
+# The fewest rows for which weights that lie in memory as (in, out) are copied for the fused products. The copies take
+# as long as the products of about 300 rows.
+COPIES_FROM_ROWS = 4096
+
 
 def fwd_outputs(
     x: Tensor,
@@ -40,7 +44,25 @@ def bwd_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """needs: whether the gradients of x, fc_weight, fc_bias, proj_weight and proj_bias are wanted -> those gradients"""
     shapes = (x.shape, fc_weight.shape, fc_weight.shape[:1], proj_weight.shape, proj_weight.shape[:1])
+    transposed = (False, is_transposed(fc_weight), False, is_transposed(proj_weight), False)
+
+    def grad(shape, columns_first):
+        shape = shape[::-1] if columns_first else shape
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        return out.mT if columns_first else out
+
     return tuple(
-        torch.empty(shape if needed else (0,), dtype=x.dtype, device=x.device)
-        for shape, needed in zip(shapes, needs, strict=True)
+        grad(shape, columns_first) if needed else grad((0,), False)
+        for shape, columns_first, needed in zip(shapes, transposed, needs, strict=True)
     )
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Whether a weight (out, in) lies in memory as (in, out), as GPT-2's do in transformers."""
+    return weight.mT.is_contiguous() and not weight.is_contiguous()
+
+
+def copies_cost_more(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> bool:
+    """Whether weights would have to be copied for a fused product of x: (..., d), and there are too few rows for it."""
+    rows = x.numel() // x.shape[-1]
+    return rows < COPIES_FROM_ROWS and (is_transposed(fc_weight) or is_transposed(proj_weight))

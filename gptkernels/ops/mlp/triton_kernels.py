@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ... import hardware
 from ...torch_library import torch_op
 from .eager import linear, other_grads
-from .outputs import bwd_outputs, fwd_outputs
+from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
 
@@ -45,8 +45,9 @@ def nearest(table: dict, arch: int):
     return table[max((known for known in table if known <= arch), default=min(table))]
 
 
-def is_fused(x: Tensor, fc_weight: Tensor) -> bool:
-    return x.shape[1] <= nearest(FUSED_UP_TO, hardware.arch(x.device))
+def is_fused(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> bool:
+    narrow = x.shape[-1] <= nearest(FUSED_UP_TO, hardware.arch(x.device))
+    return narrow and not copies_cost_more(x, fc_weight, proj_weight)
 
 
 def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
@@ -54,7 +55,7 @@ def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Ten
 
 
 def describe(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str:
-    return "fused epilogues" if is_fused(x, fc_weight) else "cuBLAS and a fused pointwise pass"
+    return "fused epilogues" if is_fused(x, fc_weight, proj_weight) else "cuBLAS and a fused pointwise pass"
 
 
 def gemm_launch(table: dict, a: Tensor) -> dict:
@@ -204,10 +205,10 @@ def mlp_fwd(
     if x.shape[0] == 0:
         return outputs
     hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
-    if is_fused(x, fc_weight):
+    if is_fused(x, fc_weight, proj_weight):
         kept = None if save == "input" else preact
-        fused_linear(x, fc_weight, fc_bias, activation=activation, preact=kept, out=hidden)
-        fused_linear(hidden, proj_weight, proj_bias, residual=residual, out=out)
+        fused_linear(x, fc_weight.contiguous(), fc_bias, activation=activation, preact=kept, out=hidden)
+        fused_linear(hidden, proj_weight.contiguous(), proj_bias, residual=residual, out=out)
         return outputs
     before = linear(x, fc_weight, fc_bias)
     # Where the input of the activation is not kept, its output takes its place.
@@ -246,9 +247,9 @@ def mlp_bwd(
     remade = None
     if needs_proj_weight and save != "all":
         act = remade = torch.empty_like(preact)
-    if is_fused(x, fc_weight):
-        grad, partials = fused_grad_preact(dout, proj_weight, preact, activation, remade, needs_fc_bias)
+    if is_fused(x, fc_weight, proj_weight):
+        grad, partials = fused_grad_preact(dout, proj_weight.contiguous(), preact, activation, remade, needs_fc_bias)
     else:
         grad = dout @ proj_weight
         partials = pointwise_grad_preact(grad, preact, activation, remade, needs_fc_bias)
-    return other_grads(dout, x, fc_weight, act, grad, partials, needs)
+    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs)
