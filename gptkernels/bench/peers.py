@@ -18,6 +18,7 @@ from ..ops.attention.visibility import visible
 from .cases import OPS, Case
 
 ATTENTION = ("attention",)
+SDPA = ("attention", "decode_attention")
 GELU = "gelu_tanh"  # gk.mlp's default, which every MLP here computes
 
 
@@ -34,7 +35,7 @@ class Contender:
     module: str = "torch"
     install: str = ""
     devices: tuple[str, ...] = ("cuda",)
-    slow_start: bool = False  # compiles for seconds: left out where a case does not ask for every peer
+    only_if_asked: bool = False  # compiles for seconds, or is never the fastest: for cases that ask for every peer
 
     def missing(self) -> str | None:
         """Why it cannot be called here, or None."""
@@ -282,10 +283,12 @@ FA2 = {"module": "flash_attn.flash_attn_interface", "install": "pip install flas
 CONTENDERS = [
     *(ours(backend) for backend in dispatch.BACKENDS),
     Contender("naive", "peer", tuple(OPS), plain, devices=ANY_DEVICE),
-    Contender("sdpa-cudnn", "peer", ("attention", "decode_attention"), sdpa("CUDNN_ATTENTION")),
-    Contender("sdpa-flash", "peer", ("attention", "decode_attention"), sdpa("FLASH_ATTENTION"), devices=ANY_DEVICE),
-    Contender("sdpa-efficient", "peer", ("attention", "decode_attention"), sdpa("EFFICIENT_ATTENTION")),
-    Contender("sdpa-math", "peer", ("attention", "decode_attention"), sdpa("MATH")),
+    Contender("sdpa-cudnn", "peer", SDPA, sdpa("CUDNN_ATTENTION")),
+    Contender("sdpa-flash", "peer", SDPA, sdpa("FLASH_ATTENTION"), devices=ANY_DEVICE),
+    Contender(
+        "sdpa-efficient", "peer", ("attention", "decode_attention"), sdpa("EFFICIENT_ATTENTION"), only_if_asked=True
+    ),
+    Contender("sdpa-math", "peer", SDPA, sdpa("MATH"), only_if_asked=True),
     Contender(
         "flash-attn-4",
         "peer",
@@ -314,8 +317,8 @@ CONTENDERS = [
         install="pip install quack-kernels",
     ),
     Contender("torch-loss", "peer", ("linear_cross_entropy",), torch_loss, devices=ANY_DEVICE),
-    Contender("flex", "peer", ATTENTION, flex, slow_start=True),
-    Contender("compile", "peer", tuple(OPS), compiled, devices=ANY_DEVICE, slow_start=True),
+    Contender("flex", "peer", ATTENTION, flex, only_if_asked=True),
+    Contender("compile", "peer", tuple(OPS), compiled, devices=ANY_DEVICE, only_if_asked=True),
     Contender("products-only", "yardstick", ("mlp",), products_only, devices=ANY_DEVICE),
 ]
 NAMES = tuple(dict.fromkeys(contender.name for contender in CONTENDERS))
@@ -324,8 +327,8 @@ NAMES = tuple(dict.fromkeys(contender.name for contender in CONTENDERS))
 def chosen(
     case: Case, device: torch.device, backends: tuple[str, ...], peers: tuple[str, ...] | None
 ) -> list[Contender]:
-    """Who competes in a case. peers: names, or None for all but those that start slowly, which are there where a case
-    asks for them, on a GPU."""
+    """Who competes in a case. peers: names, or None for all but those that only come where a case asks for
+    every peer, on a GPU."""
     found = []
     for contender in CONTENDERS:
         if case.op not in contender.ops or device.type not in contender.devices:
@@ -333,7 +336,7 @@ def chosen(
         if contender.kind == "ours":
             wanted = not backends or contender.name in backends
         elif peers is None:
-            wanted = not contender.slow_start or (case.every_peer and device.type == "cuda")
+            wanted = not contender.only_if_asked or (case.every_peer and device.type == "cuda")
         else:
             wanted = contender.name in peers
         if wanted:

@@ -18,6 +18,11 @@ LEGEND = (
 )
 # Rough rates for the plan of a dry run: an H100, and a core or two.
 PLANNED = {"cuda": (400e12, 2e12), "cpu": (5e10, 8e9)}
+# What compiling takes before a contender has run once: guesses for the plan as well.
+START_S = {
+    "cuda": {"triton": 4, "flash-attn-4": 8, "quack": 4, "liger": 2, "flex": 15, "compile": 15},
+    "cpu": {"flex": 40, "compile": 30},
+}
 
 
 def summary(samples: list[float]) -> dict:
@@ -56,11 +61,9 @@ def figures(timing: Timing, row: dict, ceilings: dict) -> dict:
 
 def expected_seconds(case: Case, contenders: list[Contender], device_type: str) -> float:
     flops_rate, bytes_rate = PLANNED[device_type]
-    seconds = 0.0
+    seconds = 2.0 if device_type == "cuda" else 0.3  # inputs, and the reference
     for contender in contenders:
-        # The check runs every contender once, and compiling takes what it takes.
-        start = (12.0 if contender.slow_start else 2.0) if device_type == "cuda" else 0.1
-        seconds += start + (30.0 if contender.slow_start and device_type == "cpu" else 0.0)
+        seconds += START_S[device_type].get(contender.name, 0.5)
         for which in case.passes:
             call = max(case.flops(which) / flops_rate, case.bytes(which) / bytes_rate)
             if contender.name in ("naive", "compile", "sdpa-math") and case.shape.get("W"):

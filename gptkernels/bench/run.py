@@ -85,8 +85,11 @@ def run(options: Namespace) -> int:
 
 def selection(options: Namespace) -> tuple[torch.device, list[Case], tuple[str, ...] | None]:
     """What the options ask for; ValueError where they make no sense."""
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    _, device = resolve_device(name if options.device == "auto" else options.device)
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # What would run on a GPU can be listed without one.
+    device = torch.device(name) if options.dry_run else resolve_device(name)[1]
     ops = options.op or list(OPS)
     for op in ops:
         if op not in OPS:
