@@ -162,6 +162,35 @@ def test_soft_capped_attention_is_left_and_has_no_window():
         gk.accelerate(nn.Sequential(model, nn.LayerNorm(4)), window=3)
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "changes", "reason"),
+    [
+        ("LlamaForCausalLM", "LlamaConfig", {"head_dim": 8}, "its heads have a size of 8, and .* takes 16 ... 256"),
+        ("GPT2LMHeadModel", "GPT2Config", {"num_attention_heads": 8}, "its heads have a size of 8"),
+        ("GptOssForCausalLM", "GptOssConfig", {"num_local_experts": 2}, "it has attention sinks"),
+        ("Llama4ForCausalLM", "Llama4TextConfig", {"attention_chunk_size": 4}, "it attends within chunks"),
+        ("T5EncoderModel", "T5Config", {"d_model": 64}, "its scores have a position bias"),
+    ],
+)
+def test_attention_that_is_left(model, config, changes, reason):
+    import transformers
+
+    sizes = {"vocab_size": 61, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, **changes}
+    left_alone = getattr(transformers, model)(getattr(transformers, config)(**sizes))
+    before = left_alone.config._attn_implementation
+    report = gk.accelerate(nn.Sequential(left_alone, nn.LayerNorm(4)))
+    reasons = {row.reason for row in report.left if row.part == "attention"}
+    assert len(reasons) == 1
+    assert re.search(reason, reasons.pop())
+    assert left_alone.config._attn_implementation == before
+
+
+def test_nanogpt_with_small_heads_is_left():
+    model = NanoGPT()
+    model.h[0].attn = NanoAttention(WIDTH, 8)
+    assert [row.reason[:28] for row in gk.accelerate(model).left] == ["its heads have a size of 8, "]
+
+
 def test_report_on_the_meta_device():
     with torch.device("meta"):
         model = family("GPT-2").make()

@@ -15,7 +15,7 @@ from . import interface
 from .families import PARTS
 from .loss import HEAD, MODEL
 from .modules import FAMILIES, Family, Settings, check_restorable, is_replaced, replace, restore
-from .parts import is_float64
+from .parts import head_reason, head_size, is_float64
 from .probe import difference
 from .report import Left, Replaced, Report
 
@@ -133,7 +133,9 @@ def family_of(module: nn.Module, part: str) -> tuple[Family | None, str | None]:
             return None, matched
         if is_float64(module):
             return None, "it is float64, and the kernels take float32, float16 and bfloat16"
-        reason = difference(module, (family.name,), width_of(module)) if family.probed else None
+        reason = head_reason(module) if part == "attention" else None
+        if family.probed and not reason:
+            reason = difference(module, (family.name,), width_of(module))
         return (None, reason) if reason else (family, None)
     return None, unknown_reason(module, part)
 
@@ -198,10 +200,7 @@ def backend_of(module: nn.Module, family: Family, settings: Settings) -> str:
 
     options = {"backend": settings.backend}
     if family.part == "attention":
-        head = head_size(module)
-        if head not in range(16, 257):
-            return f"none: a head size of {head}"
-        qkv = (tensor(1, 1, 256, head) for _ in range(3))
+        qkv = (tensor(1, 1, 256, head_size(module) or 64) for _ in range(3))
         choice = explain(attention_op, *qkv, window=settings.window, **options)
     elif family.part == "norm":
         choice = explain(layer_norm, tensor(256, parameter.numel()), tensor(parameter.numel()), **options)
@@ -217,13 +216,3 @@ def backend_of(module: nn.Module, family: Family, settings: Settings) -> str:
     if choice.backend is None:
         return "none: " + "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
     return choice.backend
-
-
-def head_size(module: nn.Module) -> int:
-    for name in ("head_dim", "head_size", "attention_head_size"):
-        if isinstance(getattr(module, name, None), int):
-            return getattr(module, name)
-    inner = getattr(module, "self_attn", module)
-    width = getattr(inner, "embed_dim", None) or getattr(inner, "split_size", None) or getattr(inner, "n_embd", 0)
-    heads = getattr(inner, "num_heads", None) or getattr(inner, "n_head", 1)
-    return width // heads if isinstance(width, int) and width else 64

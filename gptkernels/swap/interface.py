@@ -8,13 +8,15 @@ from collections.abc import Callable
 from torch import nn
 
 from .modules import FAMILIES, Family, is_replaced
+from .parts import head_reason
 from .report import Left
 
 NAME = "transformers attention"
-# Of the attention module: what its scores go through that gptkernels.attention does not have.
+# Of the attention module or its configuration: what gptkernels.attention does not have.
 FEATURES = {
     "attn_logit_softcapping": "its scores are soft-capped, which gptkernels.attention does not do",
     "sinks": "it has attention sinks, which gptkernels.attention does not do",
+    "attention_chunk_size": "it attends within chunks, which gptkernels.attention does not do",
 }
 # These have no such look-up, but take the masks that the configuration chooses.
 MASKS_ONLY = ("GPT-Neo attention", "GPT-J attention")
@@ -75,8 +77,12 @@ def in_order(found: dict[str, list[Family]], modules: dict[str, nn.Module]) -> N
 def reason_against(modules: dict[str, nn.Module], path: str, families: list[str]) -> str | None:
     module = modules[path]
     for feature, reason in FEATURES.items():
-        if getattr(module, feature, None) is not None:
+        if getattr(module, feature, None) is not None or getattr(module.config, feature, None) is not None:
             return reason
+    if "position_bias" in inspect.unwrap(type(module).forward).__code__.co_varnames:
+        return "its scores have a position bias, which gptkernels.attention does not add"
+    if head_reason(module):
+        return head_reason(module)
     if any(name in MASKS_ONLY for name in families):
         return None
     if not uses_interface(module):

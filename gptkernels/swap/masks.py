@@ -82,7 +82,6 @@ def causal_mask(
     if visible is None:
         return write(kind, window, torch.cat(first, 1) if first else torch.empty((1, 0), device=device))
     start, contiguous = visible.int().argmax(1, keepdim=True), is_contiguous(visible)
-    start = torch.where(visible.any(1, keepdim=True), start, end)
     if torch.compiler.is_compiling():
         # Reading the mask would break the graph.
         torch._assert_async(contiguous.all(), "attention_mask: hidden keys between visible ones are not compiled")

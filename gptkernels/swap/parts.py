@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention
+from ..ops.attention.op import HEAD_SIZES
 from ..ops.layer_norm import layer_norm
 from ..ops.mlp import mlp
 from .modules import original, settings_of
@@ -115,3 +116,23 @@ def probability(module: nn.Module) -> float:
 
 def is_float64(module: nn.Module) -> bool:
     return any(p.dtype == torch.float64 for p in module.parameters(recurse=False))
+
+
+def head_size(module: nn.Module) -> int | None:
+    """Of an attention; None where it does not tell."""
+    module = getattr(module, "self_attn", module)
+    for name in ("qk_head_dim", "head_dim", "head_size", "attention_head_size"):
+        if isinstance(getattr(module, name, None), int):
+            return getattr(module, name)
+    heads, projection = getattr(module, "n_head", None), getattr(module, "c_proj", None)
+    return projection.weight.shape[0] // heads if isinstance(heads, int) and projection is not None else None
+
+
+def head_reason(module: nn.Module) -> str | None:
+    """Why gptkernels.attention does not take the heads of an attention."""
+    size = head_size(module)
+    if size is not None and size not in HEAD_SIZES:
+        return f"its heads have a size of {size}, and gptkernels.attention takes {HEAD_SIZES[0]} ... {HEAD_SIZES[-1]}"
+    if getattr(module, "v_head_dim", size) != size:
+        return f"its values have a head size of {module.v_head_dim} and its keys one of {size}"
+    return None

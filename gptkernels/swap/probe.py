@@ -34,6 +34,8 @@ def difference(module: nn.Module, families: tuple[str, ...], width: int) -> str 
         replace(module, families, Settings())
         try:
             after = [result(module, x) for x in inputs]
+        except (TypeError, ValueError) as error:
+            return f"the kernels do not take what it works with ({error})"
         finally:
             restore(module)
     return None if all(map(close, after, before)) else "it computes something else than what it looks like"
