@@ -30,6 +30,7 @@ from .truth import wants_gradients
 ROUNDS = 5  # contenders take turns, so that a drift of the clocks meets all of them
 FEWEST_PER_ROUND, MOST_PER_ROUND = 2, 20
 SHORT_US, SLOW_US = 200.0, 3e5
+CYCLES_PER_US = 2000  # at a clock of about 2 GHz
 COLD_L2S = 4  # how many times the L2 the inputs of a graph are
 MOST_CALLS_IN_GRAPH = 256
 
@@ -120,7 +121,7 @@ class CpuTimed:
         for _ in thunks:
             self.once()
         # The flush is part of what a sample costs, though not of what it says.
-        self.estimate_us = (time.perf_counter() - began) * 1e6 / len(thunks)
+        self.sample_costs_us = (time.perf_counter() - began) * 1e6 / len(thunks)
 
     def once(self) -> float:
         thunk = self.thunks[self.turn % len(self.thunks)]
@@ -205,11 +206,14 @@ class GpuTimed:
         for thunk in thunks:  # compiles, loads and makes handles
             thunk()
         torch.cuda.synchronize(bench.device)
-        self.timing.host_us = [self.host_us() for _ in range(20)]
-        # At about 2 GHz, three times what the host takes for a call.
-        self.delay_cycles = int(min(50_000, 3 * statistics.median(self.timing.host_us) + 20) * 2000)
+        began = time.perf_counter()
+        while len(self.timing.host_us) < 20 and (len(self.timing.host_us) < 3 or time.perf_counter() - began < 0.2):
+            self.timing.host_us.append(self.host_us())
+        delay_us = min(50_000, 3 * statistics.median(self.timing.host_us) + 20)
+        self.delay_cycles = int(delay_us * CYCLES_PER_US)
         self.round(3)
         self.estimate_us = statistics.median(self.timing.samples_us)
+        self.sample_costs_us = self.estimate_us + delay_us
         self.timing.samples_us.clear()
 
     def next(self) -> Callable:
@@ -252,7 +256,7 @@ class GraphTimed(GpuTimed):
         self.bench, self.graph = bench, graph
         self.timing = Timing("graph", calls, calls, cold, host_us=by_events.timing.host_us)
         self.round(2)
-        self.estimate_us = statistics.median(self.timing.samples_us) * calls
+        self.sample_costs_us = statistics.median(self.timing.samples_us) * calls
         self.timing.samples_us.clear()
 
     @classmethod
@@ -290,10 +294,10 @@ def bench_for(device: torch.device) -> CpuBench | GpuBench:
     return GpuBench(device) if device.type == "cuda" else CpuBench(device)
 
 
-def per_round(estimate_us: float, seconds: float) -> int:
+def per_round(sample_costs_us: float, seconds: float) -> int:
     """How many samples to take in each of ROUNDS rounds, to spend about `seconds` in all."""
-    count = int(seconds * 1e6 / ROUNDS / max(estimate_us, 1.0))
-    return max(1 if estimate_us > SLOW_US else FEWEST_PER_ROUND, min(MOST_PER_ROUND, count))
+    count = int(seconds * 1e6 / ROUNDS / max(sample_costs_us, 1.0))
+    return max(1 if sample_costs_us > SLOW_US else FEWEST_PER_ROUND, min(MOST_PER_ROUND, count))
 
 
 def input_bytes(tensors: dict[str, Tensor]) -> int:

@@ -21,7 +21,7 @@ SWEEPS = {
 }
 
 
-def draw(document: dict, folder: Path) -> list[Path]:
+def draw(document: dict, folder: Path, kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
     """-> the files written; sweeps with a single point are left out"""
     import matplotlib
 
@@ -33,11 +33,13 @@ def draw(document: dict, folder: Path) -> list[Path]:
         for dimension in SWEEPS:
             for key, group in sweeps(rows, dimension).items():
                 name = "-".join((key[0], *key[1].split(), key[2], "against", dimension))
-                paths += save(sweep_figure(document, group, key, dimension, speed), folder / f"speed-{name}")
+                paths += save(sweep_figure(document, group, key, dimension, speed), folder / f"speed-{name}", kinds)
                 if dimension == "T" and any(row["peak_bytes"] for row in group):
-                    paths += save(sweep_figure(document, group, key, dimension, memory), folder / f"memory-{name}")
+                    paths += save(
+                        sweep_figure(document, group, key, dimension, memory), folder / f"memory-{name}", kinds
+                    )
         if rows:
-            paths += save(roofline_figure(document, rows), folder / "roofline")
+            paths += save(roofline_figure(document, rows), folder / "roofline", kinds)
     return paths
 
 
@@ -59,10 +61,10 @@ def style() -> dict:
     }
 
 
-def save(figure, stem: Path) -> list[Path]:
+def save(figure, stem: Path, kinds: tuple[str, ...]) -> list[Path]:
     from matplotlib import pyplot
 
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
     for path in paths:
         figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
@@ -80,7 +82,13 @@ def sweeps(rows: list[dict], dimension: str) -> dict[tuple, list[dict]]:
         usual = {"W": 0, "G": shape.get("H"), "F": 4 * shape.get("N", 0)}
         fixed = " ".join(f"{name}{n}" for name, n in shape.items() if name not in free and usual.get(name) != n)
         groups.setdefault((row["op"], fixed, row["dtype"]), []).append(row)
-    return {key: group for key, group in groups.items() if len({row["shape"][dimension] for row in group}) > 1}
+    return {key: group for key, group in groups.items() if passes_of(group, dimension)}
+
+
+def passes_of(group: list[dict], dimension: str) -> list[str]:
+    """Those that were measured at more than one size"""
+    sizes = {which: {row["shape"][dimension] for row in group if row["pass"] == which} for which in PASSES}
+    return [which for which in PASSES if len(sizes[which]) > 1]
 
 
 def contender_style(name: str, rows: Iterable[dict]) -> dict:
@@ -121,6 +129,7 @@ def memory(axes, points: dict[int, dict], document: dict, **options) -> None:
     found = {x: row["peak_bytes"] / 2**20 for x, row in points.items() if row["peak_bytes"]}
     axes.plot(list(found), list(found.values()), **options)
     axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.set_ylabel("peak memory beyond the inputs, MiB")
 
 
@@ -128,7 +137,7 @@ def sweep_figure(document: dict, group: list[dict], key: tuple, dimension: str, 
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    passes = [which for which in PASSES if any(row["pass"] == which for row in group)]
+    passes = passes_of(group, dimension)
     figure, grid = pyplot.subplots(1, len(passes), figsize=(1 + 5 * len(passes), 4), squeeze=False)
     for axes, which in zip(grid[0], passes, strict=True):
         here = [row for row in group if row["pass"] == which]

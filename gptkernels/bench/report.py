@@ -86,11 +86,13 @@ def print_plan(console: Console, plan: list[tuple[Case, list[Contender]]], devic
 
 
 def duration(microseconds: float | None) -> str:
+    """In four digits"""
     if microseconds is None:
         return ""
-    if microseconds < 1e3:
-        return f"{microseconds:.1f} us"
-    return f"{microseconds / 1e3:.2f} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.2f} s"
+    for unit, scale in (("us", 1.0), ("ms", 1e3)):
+        if microseconds < 999.95 * scale:
+            return f"{microseconds / scale:.4g} {unit}"
+    return f"{microseconds / 1e6:.4g} s"
 
 
 def size(count: float | None) -> str:

@@ -228,7 +228,7 @@ class Session:
                 row["peak_bytes"] = self.bench.peak_bytes(thunk)
                 timed[contender] = timer
                 del thunk
-        counts = {c: measure.per_round(timer.estimate_us, self.seconds) for c, timer in timed.items()}
+        counts = {c: measure.per_round(timer.sample_costs_us, self.seconds) for c, timer in timed.items()}
         for _ in range(measure.ROUNDS):
             for contender in random.sample(list(timed), len(timed)):
                 if rows[contender]["status"] != PENDING:

@@ -56,7 +56,7 @@ def run(options: Namespace) -> int:
         print(f"gptkernels profile: {error}", file=sys.stderr)
         return 2
     try:
-        subject = make_subject(options, workers.device)
+        subject = make_subject(options, workers)
         found = {
             "schema": SCHEMA,
             "model": subject.name,
@@ -80,7 +80,7 @@ def run(options: Namespace) -> int:
     return int(found["ours"]["status"] != "ok")
 
 
-def make_subject(options: Namespace, device: torch.device) -> workload.Subject:
+def make_subject(options: Namespace, workers: Workers) -> workload.Subject:
     """Fills in the options that were left open; ValueError for a model or length that cannot be."""
     torch.manual_seed(0)
     for name in ("batch", "seq", "steps"):
@@ -90,8 +90,10 @@ def make_subject(options: Namespace, device: torch.device) -> workload.Subject:
     if options.hf:
         subject = workload.of_hf(options.hf, options.backend)
     else:
-        subject = workload.of_preset(options.model, options.backend, options.dropout, options.seq)
-    on_gpu = device.type == "cuda"
+        # What FSDP spreads over several GPUs may not fit one of them.
+        where = torch.device("cpu") if options.parallel == "fsdp" else workers.device
+        subject = workload.of_preset(options.model, options.backend, options.dropout, options.seq, where)
+    on_gpu = workers.device.type == "cuda"
     parameters = sum(p.numel() for p in subject.plain.parameters())
     options.seq = options.seq or (subject.context if on_gpu else min(subject.context, 256))
     tokens = (16384 if parameters < 5e8 else 8192) if on_gpu else 256
@@ -107,7 +109,9 @@ def profile_both(subject: workload.Subject, options: Namespace, workers: Workers
     ceilings["data_sheet_tflops"] = hardware.data_sheet_tflops(workers.device)
     flops = workload.flops_of(subject, options.seq, not options.infer)
     found = {"ceilings": ceilings, "flops_per_token": vars(flops), "plain": None}
-    names = ["ours"] if options.no_plain else ["plain", "ours"]
+    names = ["plain", "ours"]
+    if options.no_plain:
+        names, subject.plain = ["ours"], None
     # A GPU has no room for two large models. On a CPU, which others use as well, they take turns.
     together = workers.device.type == "cpu"
     answers = {}

@@ -73,7 +73,7 @@ def profiled(model: nn.Module, step: Callable[[], object], steps: int, device: t
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with announced(model):
         step()
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             for _ in range(steps):
                 step()
             if device.type == "cuda":

@@ -34,7 +34,8 @@ class Subject:
         return list(max(lists, key=len, default=[]))
 
 
-def of_preset(name: str, backend: str, dropout: float, length: int | None) -> Subject:
+def of_preset(name: str, backend: str, dropout: float, length: int | None, device: torch.device) -> Subject:
+    """device: where the weights are drawn, which takes a CPU long for a large model; ours then waits on the CPU"""
     from ..models.gpt import GPT
     from ..models.plain import plain_twin
 
@@ -43,11 +44,13 @@ def of_preset(name: str, backend: str, dropout: float, length: int | None) -> Su
         raise ValueError(f"--model must predict next tokens, which {name} does not")
     if length and length > config.context:
         raise ValueError(f"--seq must be at most {name}'s context of {config.context}, not {length}")
-    ours = GPT(config)
+    with device:
+        ours = GPT(config)
+    plain = plain_twin(ours)
     return Subject(
         name,
-        plain_twin(ours),
-        ours,
+        plain,
+        ours.to("cpu"),
         config.vocabulary,
         config.context,
         config,
