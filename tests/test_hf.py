@@ -265,3 +265,42 @@ def test_a_window_is_never_lost():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="fallback must be None or \"sdpa\", not 'eager'"):
         gk.hf.register(fallback="eager")
+
+
+def test_a_window_survives_the_fallback(attention_calls):
+    """PyTorch's attention has the window, or nothing runs."""
+    gk.hf.register(fallback="sdpa")
+    dense = torch.zeros(2, 1, TOKENS, TOKENS)
+    for family in (f for f in FAMILIES if f.name in ("Llama", "Mistral", "GPT-2")):
+        model = made(family)
+        gk.accelerate(model, window=3)
+        with pytest.raises(NotImplementedError, match=r"made by the caller.* asked for a window of 3"):
+            model(**inputs(family), attention_mask=dense)
+        with pytest.warns(UserWarning, match="output_attentions=True"):
+            weightless = model(**inputs(family), output_attentions=True)
+        torch.testing.assert_close(weightless.logits, model(**inputs(family)).logits, rtol=1e-5, atol=1e-5)
+        gk.hf.register(fallback="sdpa")
+    padding = torch.ones(2, TOKENS, dtype=torch.long)
+    padding[1, 8:] = 0
+    model = made(next(f for f in FAMILIES if f.name == "BERT"))
+    gk.accelerate(model, window=3)
+    with pytest.raises(NotImplementedError, match="hides keys after visible ones, and the layer has a window"):
+        model(**inputs(FAMILIES[0]), attention_mask=padding)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mistral"])
+def test_generation_with_accelerates_window(name, attention_calls):
+    """The same tokens from a growing cache, from one with room, and from no cache."""
+    family = next(f for f in FAMILIES if f.name == name)
+    model = made(family)
+    gk.accelerate(model, window=5, layers="odd")
+    tokens = inputs(family)["input_ids"]
+    mask = torch.ones_like(tokens)
+    texts = []
+    for padding in (0, 6):
+        mask[1, :padding] = 0
+        for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+            options = {**options, "max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+            texts.append(model.generate(tokens, **options))
+        assert torch.equal(texts[-1], texts[-2])
+        assert torch.equal(texts[-1], texts[-3])

@@ -92,6 +92,23 @@ def test_every_real_query_sees_what_it_should(pattern, padding, cache):
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("window", "slots", "end"), [(4, 5, 4), (4, 6, 5), (6, 6, 5), (None, 6, 5)])
+def test_caches_that_decode_attention_cannot_read_in_place(window, slots, end, gradient):
+    """Too few slots for three tokens and a window, or gradients: the cache is brought into order instead."""
+    queries = 3
+    pattern = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    mask = masks.read(exact_mask(queries, slots, end - queries, 0, pattern, None, DEVICE))
+    assert mask.kind == "cache"
+    q, k, v = (torch.randn(ROWS, 2, n, 16, requires_grad=gradient) for n in (queries, slots, slots))
+    out = masks.attend(q, k, v, mask, scale=None, dropout=0.0, backend="auto")
+    expected = dense_attention(q, k, v, masks.visible_keys(mask, ROWS, queries, slots, DEVICE))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    if gradient:
+        grads = [torch.autograd.grad(each.square().sum(), (q, k, v)) for each in (out, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "padding"),
     [("full", "left"), ("full", "right"), ("full", "holes"), ("cache", "left"), ("cache", "right")],

@@ -458,6 +458,15 @@ def test_encoder_layers(options, training):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_encoder_layers_never_lose_a_window():
+    model, x = nn.TransformerEncoderLayer(WIDTH, HEADS, 128, batch_first=True).eval(), torch.randn(2, 9, WIDTH)
+    gk.accelerate(model, window=3)
+    with pytest.raises(NotImplementedError, match="asked for a window of 3, and this call has a mask of its own"):
+        model(x, src_mask=torch.zeros(9, 9))
+    with pytest.raises(NotImplementedError, match="hides keys after visible ones, and the attention has a window"):
+        model(x, src_key_padding_mask=torch.arange(9).expand(2, 9) > 6)
+
+
 def test_encoder_layers_with_the_batch_second_and_dropout():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 128, dropout=0.1)

@@ -16,7 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 from parity import check
-from swap_models import FAMILIES, TOKENS, VOCABULARY, inputs, logits_of, made
+from swap_models import (
+    BERT,
+    FAMILIES,
+    GPT2,
+    NEOX,
+    OPT,
+    TOKENS,
+    VOCABULARY,
+    ModelFamily,
+    inputs,
+    logits_of,
+    made,
+    transformers_model,
+)
 from torch import nn
 
 import gptkernels as gk
@@ -145,6 +158,35 @@ def test_padding(family, side):
     mask = padded(side)
     assert_same(model, fast, {**inputs(family), "attention_mask": mask}, mask.bool())
     record(family, f"{side} padding", EXACT)
+
+
+VARIANTS = {
+    "OPT with the norms after": ("OPTForCausalLM", "OPTConfig", OPT | {"do_layer_norm_before": False}),
+    "OPT with projections": ("OPTForCausalLM", "OPTConfig", OPT | {"word_embed_proj_dim": 32}),
+    "GPT-NeoX one after the other": ("GPTNeoXForCausalLM", "GPTNeoXConfig", NEOX | {"use_parallel_residual": False}),
+    "GPT-2 with scales by layer": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
+    "GPT-2 with relu": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"activation_function": "relu", "n_inner": 96}),
+    "GPT-2 without scales": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"scale_attn_weights": False}),
+    "BERT as a decoder": ("BertLMHeadModel", "BertConfig", BERT | {"is_decoder": True}),
+    "ALBERT in groups": ("AlbertForMaskedLM", "AlbertConfig", BERT | {"inner_group_num": 2, "num_hidden_groups": 3}),
+    "GPT-J turned whole": ("GPTJForCausalLM", "GPTJConfig", GPT2 | {"rotary_dim": 16}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, op_calls):
+    model = made(ModelFamily(variant, transformers_model(*VARIANTS[variant][:2], **VARIANTS[variant][2])))
+    fast = copy.deepcopy(model)
+    report = gk.accelerate(fast)
+    assert {"attention", "norm", "mlp"} <= set(report.counts())
+    tokens = torch.randint(1, VOCABULARY, (2, TOKENS))
+    assert_same(model, fast, {"input_ids": tokens, "attention_mask": padded("left")}, padded("left").bool())
+
+
+def test_an_activation_that_the_mlp_does_not_have():
+    model = transformers_model("GPT2LMHeadModel", "GPT2Config", **GPT2, activation_function="quick_gelu")()
+    reasons = {row.reason for row in gk.accelerate(model).left}
+    assert reasons == {"gptkernels.mlp has no activation QuickGELUActivation"}
 
 
 @each_family
@@ -287,7 +329,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
     return torch.load(buffer, weights_only=False)
 
 
-def test_table_of_the_readme():
+def test_table_of_the_readme(monkeypatch):
     """What this run has found is what README.md says."""
     if set(table) != {family.name for family in FAMILIES} or any(set(row) != set(FEATURES) for row in table.values()):
         pytest.skip("only where all tests of this file have run and passed")
@@ -295,5 +337,6 @@ def test_table_of_the_readme():
     if os.environ.get("GPTKERNELS_WRITE_TABLES") == "1":
         RESULTS.write_text(found + "\n")
     assert RESULTS.read_text() == found + "\n", "GPTKERNELS_WRITE_TABLES=1 pytest tests/test_swap_families.py writes it"
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
     assert report["families"]() in (ROOT / "README.md").read_text(), "python benchmarks/report.py fills it in"

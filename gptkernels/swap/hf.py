@@ -173,11 +173,11 @@ def gptkernels_attention(
     try:
         mask = mask_of_call(module, query, key, attention_mask, sliding_window, is_causal, others)
     except Unrepresentable as problem:
-        fall_back(str(problem))
         is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        dense = dense_mask(query, key, attention_mask, sliding_window, is_causal)
-        if others.get("output_attentions"):
-            others = {**others, "output_attentions": False}
+        window = settings_of(module).window
+        dense = dense_mask(query, key, attention_mask, sliding_window, window, is_causal, problem)
+        fall_back(str(problem))
+        others.pop("output_attentions", None)
         return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal=False, **others)
     settings = settings_of(module)
     out = masks.attend(query, key, value, mask, scale=scaling, dropout=dropout, backend=settings.backend)
@@ -242,15 +242,28 @@ def no_mask(query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | N
 
 
 def dense_mask(
-    query: Tensor, key: Tensor, attention_mask: Tensor | None, sliding_window: int | None, is_causal: bool
-) -> Tensor | None:
-    """What SDPA takes instead of attention_mask: (B, 1, Tq, Tk) bool, or what the caller gave."""
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    sliding_window: int | None,
+    window: int | None,
+    is_causal: bool,
+    problem: Unrepresentable,
+) -> Tensor:
+    """What SDPA takes instead of attention_mask: (B, 1, Tq, Tk) bool, or what the caller gave. sliding_window: the
+    model's own, window: accelerate's; where they cannot be in it, there is no fallback."""
     if attention_mask is not None and not masks.is_ours(attention_mask):
+        if window is not None:
+            raise NotImplementedError(f"{problem}, and accelerate() was asked for a window of {window}") from problem
         return attention_mask
     if attention_mask is None:
-        mask = Mask("causal" if is_causal else "full", sliding_window, query.new_empty((1, 0), dtype=torch.int32))
+        mask = Mask("causal" if is_causal else "full", None, query.new_empty((1, 0), dtype=torch.int32))
     else:
         mask = masks.read(attention_mask)
+    windows = [each for each in (mask.window, sliding_window if mask.causal else None, window) if each is not None]
+    if windows and mask.kind.endswith("_any"):
+        raise NotImplementedError(str(problem)) from problem
+    mask = mask._replace(window=min(windows, default=None))
     return masks.visible_keys(mask, query.shape[0], query.shape[2], key.shape[2], query.device)
 
 

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm import layer_norm
 from . import masks
-from .masks import Mask
 from .modules import FAMILIES, Family, original, settings_of
 from .parts import (
     layer_norm_forward,
@@ -60,7 +59,7 @@ def encoder_layer(
     is_causal: bool = False,
 ) -> Tensor:
     """As the original without its shortcut for inference, which would leave our blocks out."""
-    if src.is_nested:
+    if src.is_nested and settings_of(module).window is None:
         return original(module, "forward")(src, src_mask, src_key_padding_mask, is_causal)
     masked = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
     if module.norm_first:
@@ -75,6 +74,11 @@ def encoder_attention(module, x: Tensor, attn_mask, key_padding_mask, is_causal:
     inner, settings = module.self_attn, settings_of(module)
     real = None if key_padding_mask is None else real_tokens(key_padding_mask)
     if x.ndim != 3 or (attn_mask is None) == is_causal or not_plain_attention(inner):
+        if settings.window is not None:
+            raise NotImplementedError(
+                f"accelerate() was asked for a window of {settings.window}, and this call has a mask of its own (or no "
+                "batch), which the kernels do not take"
+            )
         return original(module, "_sa_block")(x, attn_mask, key_padding_mask, is_causal)
     x = x if inner.batch_first else x.transpose(0, 1)
     q, k, v = (
@@ -82,14 +86,12 @@ def encoder_attention(module, x: Tensor, attn_mask, key_padding_mask, is_causal:
         for part in F.linear(x, inner.in_proj_weight, inner.in_proj_bias).chunk(3, dim=-1)
     )
     tokens = x.shape[1]
-    make = (
-        (lambda: masks.causal_mask(tokens, tokens, tokens, settings.window, real, x.device))
-        if is_causal
-        else (lambda: masks.full_mask(tokens, settings.window, real, x.device))
-    )
-    mask: Mask = masks.read(make())
+    if is_causal:
+        mask = masks.causal_mask(tokens, tokens, tokens, settings.window, real, x.device)
+    else:
+        mask = masks.full_mask(tokens, settings.window, real, x.device)
     dropout = inner.dropout if module.training else 0.0
-    out = masks.attend(q, k, v, mask, scale=None, dropout=dropout, backend=settings.backend)
+    out = masks.attend(q, k, v, masks.read(mask), scale=None, dropout=dropout, backend=settings.backend)
     out = inner.out_proj(out.transpose(1, 2).flatten(2))
     return module.dropout1(out if inner.batch_first else out.transpose(0, 1))
 
