@@ -2,6 +2,7 @@
 
     python benchmarks/tune_attention.py                       on the GPU at hand: the fastest row
     python benchmarks/tune_attention.py --compile-for 90      without a GPU: the largest tile that does not spill
+    python benchmarks/tune_attention.py --pointers            rows for what TMA cannot address
 
 For each kernel, head size and element size. On a GPU a row is timed on 16k causal tokens, dense and in a band of 1024,
 and the sum counts; a row that does not fit the GPU is passed over, one that spills is not special. Without a GPU rows
@@ -19,7 +20,7 @@ import torch
 
 from gptkernels import hardware
 from gptkernels.ops.attention import triton_kernels
-from gptkernels.ops.attention.triton_launch import TABLES, table_arch
+from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS, table_arch
 
 KERNELS = {"fwd": "attention_fwd_kernel", "dq": "attention_bwd_dq_kernel", "dkdv": "attention_bwd_dkdv_kernel"}
 # A head size of each row; 40, 80 and 160 are kept in two parts.
@@ -58,9 +59,12 @@ def only(kernel: str):
             setattr(triton_kernels, name, value)
 
 
-def runs(kernel: str, head_size: int, dtype: torch.dtype, device: str, tokens: int):
+def runs(kernel: str, head_size: int, dtype: torch.dtype, device: str, tokens: int, pointers: bool):
     """Calls that launch `kernel` once each, dense and banded"""
     q, k, v, out, dout = (torch.randn(1, 16, tokens, head_size, device=device, dtype=dtype) for _ in range(5))
+    if pointers:
+        # A stride of 0, which TMA cannot address.
+        q, k, v, dout = (x[:, :1].expand_as(x) for x in (q, k, v, dout))
     lse = torch.randn(1, 16, tokens, device=device)
     for window in WINDOWS:
         if kernel == "fwd":
@@ -97,18 +101,17 @@ def compiles(calls: list, arch: int) -> bool:
     return True
 
 
-def tune(kernel: str, element_size: int, row: int, compile_for: int | None) -> tuple:
+def tune(table: dict, kernel: str, element_size: int, row: int, compile_for: int | None, pointers: bool) -> tuple:
     """-> the row for the table, and the milliseconds it takes or None"""
-    arch = compile_for or hardware.arch(torch.device("cuda"))
-    table = TABLES[table_arch(arch)][element_size][kernel]
     dtype = torch.float16 if element_size == 2 else torch.float32
-    calls = list(runs(kernel, HEAD_SIZES[row], dtype, "cpu" if compile_for else "cuda", 256 if compile_for else 16384))
+    device, tokens = ("cpu", 256) if compile_for else ("cuda", 16384)
+    calls = list(runs(kernel, HEAD_SIZES[row], dtype, device, tokens, pointers))
     saved, best, best_time = table[row], None, float("inf")
     with only(kernel):
         for candidate in candidates(kernel, element_size):
             table[row] = candidate
             if compile_for:
-                if compiles(calls, arch):
+                if compiles(calls, compile_for):
                     best, best_time = candidate, None
                     break
             elif (time := milliseconds(calls)) < best_time:
@@ -123,11 +126,15 @@ def main() -> None:
     parser.add_argument("--kernel", choices=KERNELS, nargs="*", default=list(KERNELS))
     parser.add_argument("--head", type=int, choices=HEAD_SIZES, nargs="*", default=list(HEAD_SIZES))
     parser.add_argument("--bytes", type=int, choices=(2, 4), nargs="*", default=(2, 4), help="per element")
+    parser.add_argument("--pointers", action="store_true", help="rows for what TMA cannot address")
     options = parser.parse_args()
+    arch = table_arch(options.compile_for or hardware.arch(torch.device("cuda")))
     for element_size, kernel, row in itertools.product(options.bytes, options.kernel, options.head):
-        if row not in TABLES[90][element_size][kernel]:
+        tma = arch == 90 and element_size == 2 and not options.pointers
+        table = TMA_ROWS[kernel] if tma else TABLES[arch][element_size][kernel]
+        if row not in table:
             continue
-        best, time = tune(kernel, element_size, row, options.compile_for)
+        best, time = tune(table, kernel, element_size, row, options.compile_for, options.pointers)
         print(json.dumps({"bytes": element_size, "kernel": kernel, "head": row, "row": best, "ms": time}), flush=True)
 
 

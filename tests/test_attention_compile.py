@@ -8,7 +8,7 @@ from compile_gate import SHARED_LIMIT, assert_within_limits, compiled_launches
 from gptkernels import simulator
 from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.decode import triton_kernels as decode_kernels
-from gptkernels.ops.attention.triton_launch import TABLES, head_parts, launch_row
+from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS, head_parts, launch_row
 
 if simulator.unavailable():
     pytest.skip(simulator.unavailable(), allow_module_level=True)
@@ -17,11 +17,17 @@ KERNELS = {"attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkd
 HEAD_SIZES = [16, 32, 40, 64, 80, 96, 128, 160, 256]
 
 
-def launch(head_size, dtype, window):
+def launch(head_size, dtype, window, layout="plain"):
     q, k, v, out, dout = torch.empty(5, 1, 2, 256, head_size, dtype=dtype)
-    lse = torch.empty(1, 2, 256)
-    triton_kernels.attention_fwd(q, k, v, None, None, None, True, window, 0.1, 0.0)
-    triton_kernels.attention_bwd(dout, q, k, v, out, lse, None, None, None, True, window, 0.1, 0.0, True)
+    lse, cu_seqlens = torch.empty(1, 2, 256), None
+    if layout == "one head for all":
+        # A stride of 0, which TMA cannot address.
+        q, k, v, dout = (x[:, :1].expand_as(x) for x in (q, k, v, dout))
+    elif layout == "packed":
+        q, k, v, out, dout = (x[0].transpose(0, 1) for x in (q, k, v, out, dout))
+        lse, cu_seqlens = lse[0], torch.empty(3, dtype=torch.int32)
+    triton_kernels.attention_fwd(q, k, v, None, cu_seqlens, None, True, window, 0.1, 0.0)
+    triton_kernels.attention_bwd(dout, q, k, v, out, lse, None, cu_seqlens, None, True, window, 0.1, 0.0, True)
 
 
 def test_every_row_is_compiled_here():
@@ -31,6 +37,7 @@ def test_every_row_is_compiled_here():
             rows = {part1 + part1 // 2 if part2 else part1 for part1, part2 in parts}
             for kernel, by_head in kernels.items():
                 assert set(by_head) == rows, (arch, size, kernel)
+                assert size == 4 or set(TMA_ROWS[kernel]) <= rows
 
 
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
@@ -52,13 +59,27 @@ def test_attention(arch, dtype, head_size):
     assert {compiled.kernel for compiled in launches} == KERNELS
     for compiled in launches:
         assert_within_limits(compiled)
-        if arch == 90 and dtype == torch.float16 and head_size in (64, 80, 96, 128):
-            assert "wgmma.mma_async" in compiled.ptx, f"{compiled.kernel} does not use wgmma"
         if arch == 80:
             assert compiled.machine_code.count("HMMA") > 0, f"{compiled.kernel} does not use tensor cores"
-        if dtype == torch.float16 and head_size in (64, 128):
+        if arch == 90 and dtype == torch.float16 and head_size in (64, 80, 96, 128):
+            assert "wgmma.mma_async" in compiled.ptx, f"{compiled.kernel} does not use wgmma"
+            assert compiled.machine_code.count("UTMALDG") > 0, f"{compiled.kernel} does not load with TMA"
+        elif dtype == torch.float16 and head_size in (64, 128):
             wide = "cp.async.cg.shared.global"
             assert wide in compiled.ptx, f"{compiled.kernel} does not copy 16 bytes at a time in the background"
+
+
+@pytest.mark.parametrize("layout", ["one head for all", "packed"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_what_tma_cannot_address(head_size, layout):
+    """On 9.0, where other rows than those of test_attention serve it: pointers load, forward or backward or both."""
+    with compiled_launches(90) as launches:
+        launch(head_size, torch.float16, 100 if head_size in (64, 128) else None, layout)
+    assert {compiled.kernel for compiled in launches} == KERNELS
+    for compiled in launches:
+        assert_within_limits(compiled)
+        with_tma = layout == "packed" and compiled.kernel == "attention_fwd_kernel" and head_size < 256
+        assert (compiled.machine_code.count("UTMALDG") > 0) == with_tma, compiled.kernel
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
@@ -81,5 +102,6 @@ def test_rows_are_powers_of_two():
         for head_size in range(16, 257):
             for kernel in ("fwd", "dq", "dkdv"):
                 for size in (2, 4) if head_size <= 128 else (2,):
-                    row = launch_row(kernel, arch, size, head_size)
-                    assert all(row[name] & (row[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "num_warps"))
+                    for addressable in (False, True):
+                        row = launch_row(kernel, arch, size, head_size, addressable)
+                        assert all(row[name] & (row[name] - 1) == 0 for name in ("BLOCK_M", "BLOCK_N", "num_warps"))

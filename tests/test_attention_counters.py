@@ -42,7 +42,7 @@ class Counting:
 
 def tile_flops(kernel, arch, length, window, head_size):
     """Tensor FLOPs when exactly the tiles with a visible pair are computed, whole."""
-    launch = launch_row(kernel, arch, 2, head_size)
+    launch = launch_row(kernel, arch, 2, head_size, True)
     m, n = launch["BLOCK_M"], launch["BLOCK_N"]
     tiles = 0
     for i in range(0, length, m):

@@ -6,6 +6,7 @@ are, and padding 80 to 128 would cost 60% more.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # Sizes that change from call to call: no variant of a kernel is worth compiling for one of them being 1 or 16 * n.
 UNSPECIALIZED = (
@@ -85,9 +86,8 @@ def load_tile(
 
 @triton.jit
 def load_head(
-    ptr,
+    head,  # (pointer to row 0, stride of rows), (descriptors of both parts of (B, H, T, D)), (b, h, row 0) in there
     first,
-    stride,
     low,
     limit,
     D: tl.constexpr,
@@ -95,12 +95,23 @@ def load_head(
     D2: tl.constexpr,
     ROWS: tl.constexpr,
     CHECKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """-> (ROWS, D1), (ROWS, D2)"""
-    part1 = load_tile(ptr, first, stride, low, limit, D, 0, D1, ROWS, CHECKED)
-    part2 = part1
-    if D2 > 0:
-        part2 = load_tile(ptr, first, stride, low, limit, D, D1, D2, ROWS, CHECKED)
+    """-> (ROWS, D1), (ROWS, D2), of which rows outside of low ... limit - 1 are zeros if CHECKED. With TMA nobody
+    looks at low and limit: what the descriptors' shape does not hold is zeros."""
+    rows, descriptors, place = head
+    if TMA:
+        b, h, start = place
+        part1 = descriptors[0].load([b.to(tl.int32), h.to(tl.int32), start + first, 0]).reshape(ROWS, D1)
+        part2 = part1
+        if D2 > 0:
+            part2 = descriptors[1].load([b.to(tl.int32), h.to(tl.int32), start + first, D1]).reshape(ROWS, D2)
+    else:
+        ptr, stride = rows
+        part1 = load_tile(ptr, first, stride, low, limit, D, 0, D1, ROWS, CHECKED)
+        part2 = part1
+        if D2 > 0:
+            part2 = load_tile(ptr, first, stride, low, limit, D, D1, D2, ROWS, CHECKED)
     return part1, part2
 
 
@@ -134,9 +145,18 @@ def inner_products(a1, a2, b1, b2, D2: tl.constexpr):
 
 
 @triton.jit
+def in_place(weights):
+    """16-bit operands of a product that stay in registers -> the same. Triton 3.6 lets LLVM move what makes them past
+    the wgmma.fence that has to come after it; it moves nothing past assembly that may have effects."""
+    if cuda_capability_geq(9) and not cuda_capability_geq(10) and weights.dtype.primitive_bitwidth == 16:
+        weights = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weights], weights.dtype, is_pure=False, pack=2)
+    return weights
+
+
+@triton.jit
 def add_weighted(sum1, sum2, weights, x1, x2, D2: tl.constexpr):
     """sum: (M, D) + weights: (M, N) @ x: (N, D)"""
-    weights = weights.to(x1.dtype)
+    weights = in_place(weights.to(x1.dtype))
     sum1 = tl.dot(weights, x1, sum1, input_precision="tf32x3")
     if D2 > 0:
         sum2 = tl.dot(weights, x2, sum2, input_precision="tf32x3")

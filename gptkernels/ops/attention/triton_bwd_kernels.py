@@ -33,11 +33,9 @@ def query_grad_block(
     dout2,
     lse,  # (BLOCK_M,) in base 2
     delta,  # (BLOCK_M,)
-    k_ptr,  # (keys, D), rows k_stride apart
-    v_ptr,
+    k_head,  # (keys, D), as load_head takes it
+    v_head,
     seed_ptr,
-    k_stride,
-    v_stride,
     block,
     position,  # (BLOCK_M,)
     low,
@@ -56,11 +54,12 @@ def query_grad_block(
     D2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BOUNDARY: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     first = block * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
-    k1, k2 = load_head(k_ptr, first, k_stride, low, keys, D, D1, D2, BLOCK_N, BOUNDARY)
-    v1, v2 = load_head(v_ptr, first, v_stride, low, keys, D, D1, D2, BLOCK_N, BOUNDARY)
+    k1, k2 = load_head(k_head, first, low, keys, D, D1, D2, BLOCK_N, BOUNDARY, TMA)
+    v1, v2 = load_head(v_head, first, low, keys, D, D1, D2, BLOCK_N, BOUNDARY, TMA)
     weights = tl.exp2(inner_products(q1, q2, k1, k2, D2) * scale - lse[:, None])
     if BOUNDARY:
         seen = sees(position[:, None], key[None, :], low, keys, window, CAUSAL, WINDOWED)
@@ -79,6 +78,8 @@ def attention_bwd_dq_kernel(
     q_ptr,  # (B, H, Tq, D) or packed (T, H, D), last dimension contiguous, as all others
     k_ptr,  # (B, Hkv, Tk, D) or (T, Hkv, D)
     v_ptr,  # as k
+    k_tma,  # descriptors of both parts of (B, Hkv, Tk, D) or (1, Hkv, T, D), or None
+    v_tma,
     out_ptr,  # as q
     lse_ptr,  # (B, H, Tq) or (H, T) float32
     delta_ptr,  # as lse: written here, for the other kernel
@@ -127,6 +128,7 @@ def attention_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     tile, batch_head = tile_and_head(tiles, batch_heads, section, CAUSAL)
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
@@ -144,19 +146,24 @@ def attention_bwd_dq_kernel(
     k_ptr += b * k_stride_b + h // group * k_stride_h + start.to(tl.int64) * k_stride_t
     v_ptr += b * v_stride_b + h // group * v_stride_h + start.to(tl.int64) * v_stride_t
     out_ptr += b * out_stride_b + h * out_stride_h + start.to(tl.int64) * out_stride_t
+    place = (b, h // group, start)
+    k_head = ((k_ptr, k_stride_t), k_tma, place)
+    v_head = ((v_ptr, v_stride_t), v_tma, place)
     first_row = batch_head.to(tl.int64) * rows + start
 
     first = tile * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)
     in_rows = query < queries
     position = query + (keys - queries)
-    dout1, dout2 = load_head(dout_ptr, first, dout_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
-    out1, out2 = load_head(out_ptr, first, out_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
+    dout1, dout2 = load_head(
+        ((dout_ptr, dout_stride_t), None, None), first, 0, queries, D, D1, D2, BLOCK_M, True, False
+    )
+    out1, out2 = load_head(((out_ptr, out_stride_t), None, None), first, 0, queries, D, D1, D2, BLOCK_M, True, False)
     delta = tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), 1)
     if D2 > 0:
         delta += tl.sum(dout2.to(tl.float32) * out2.to(tl.float32), 1)
     tl.store(delta_ptr + first_row + query, delta, mask=in_rows)
-    q1, q2 = load_head(q_ptr, first, q_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
+    q1, q2 = load_head(((q_ptr, q_stride_t), None, None), first, 0, queries, D, D1, D2, BLOCK_M, True, False)
     lse = tl.load(lse_ptr + first_row + query, mask=in_rows, other=float("inf")) * LOG2E
     dq1, dq2 = zeros_head(BLOCK_M, D1, D2)
 
@@ -167,17 +174,17 @@ def attention_bwd_dq_kernel(
     )
     for i in tl.range(full_start, full_stop, num_stages=STAGES):
         dq1, dq2 = query_grad_block(
-            dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t, i,
+            dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_head, v_head, seed_ptr, i,
             position, low, keys, window, scale, first_row + query, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, False,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, TMA,
         )  # fmt: skip
     left = full_start - block
     for i in tl.range(0, left + stop - full_stop, num_stages=STAGES):
         dq1, dq2 = query_grad_block(
-            dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t,
+            dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_head, v_head, seed_ptr,
             tl.where(i < left, block + i, full_stop + i - left),
             position, low, keys, window, scale, first_row + query, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, TMA,
         )  # fmt: skip
     dq1 = dq1 * (scale * LN2)
     if D2 > 0:
@@ -197,13 +204,11 @@ def key_grad_block(
     k2,
     v1,
     v2,
-    dout_ptr,  # (queries, D), rows dout_stride apart
-    q_ptr,  # (queries, D), rows q_stride apart
+    dout_head,  # (queries, D), as load_head takes it
+    q_head,
     lse_ptr,  # (queries,)
     delta_ptr,  # (queries,)
     seed_ptr,
-    dout_stride,
-    q_stride,
     block,
     key,  # (BLOCK_N,)
     low,
@@ -224,11 +229,12 @@ def key_grad_block(
     D2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BOUNDARY: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     first = block * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)
-    q1, q2 = load_head(q_ptr, first, q_stride, 0, queries, D, D1, D2, BLOCK_M, BOUNDARY)
-    dout1, dout2 = load_head(dout_ptr, first, dout_stride, 0, queries, D, D1, D2, BLOCK_M, BOUNDARY)
+    q1, q2 = load_head(q_head, first, 0, queries, D, D1, D2, BLOCK_M, BOUNDARY, TMA)
+    dout1, dout2 = load_head(dout_head, first, 0, queries, D, D1, D2, BLOCK_M, BOUNDARY, TMA)
     if BOUNDARY:
         lse = tl.load(lse_ptr + query, mask=query < queries, other=0.0)
         delta = tl.load(delta_ptr + query, mask=query < queries, other=0.0)
@@ -258,6 +264,8 @@ def attention_bwd_dkdv_kernel(
     q_ptr,  # (B, H, Tq, D) or packed (T, H, D), last dimension contiguous, as all others
     k_ptr,  # (B, Hkv, Tk, D) or (T, Hkv, D)
     v_ptr,  # as k
+    dout_tma,  # descriptors of both parts of (B, H, Tq, D) or (1, H, T, D), or None
+    q_tma,
     lse_ptr,  # (B, H, Tq) or (H, T) float32
     delta_ptr,  # as lse
     dk_ptr,  # as k
@@ -306,6 +314,7 @@ def attention_bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     tile, batch_head = tile_and_head(tiles, batch_heads, section, False)
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
@@ -326,8 +335,8 @@ def attention_bwd_dkdv_kernel(
     first = tile * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
     offset = keys - queries
-    k1, k2 = load_head(k_ptr, first, k_stride_t, low, keys, D, D1, D2, BLOCK_N, True)
-    v1, v2 = load_head(v_ptr, first, v_stride_t, low, keys, D, D1, D2, BLOCK_N, True)
+    k1, k2 = load_head(((k_ptr, k_stride_t), None, None), first, low, keys, D, D1, D2, BLOCK_N, True, False)
+    v1, v2 = load_head(((v_ptr, v_stride_t), None, None), first, low, keys, D, D1, D2, BLOCK_N, True, False)
     dk1, dk2 = zeros_head(BLOCK_N, D1, D2)
     dv1, dv2 = zeros_head(BLOCK_N, D1, D2)
     last = tl.minimum(first + BLOCK_N, keys) - 1
@@ -339,22 +348,28 @@ def attention_bwd_dkdv_kernel(
     full = tl.maximum(full_stop - full_start, 1)
     for i in tl.range(0, (full_stop - full_start) * group, num_stages=STAGES):
         head, first_row = h * group + i // full, (first_head + i // full) * rows + start
+        dout_head = ((dout_ptr + head * dout_stride_h, dout_stride_t), dout_tma, (b, head, start))
+        q_head = ((q_ptr + head * q_stride_h, q_stride_t), q_tma, (b, head, start))
         dk1, dk2, dv1, dv2 = key_grad_block(
-            dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
-            lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t, full_start + i % full,
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_head, q_head,
+            lse_ptr + first_row, delta_ptr + first_row, seed_ptr, full_start + i % full,
             key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, False,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, False, TMA,
         )  # fmt: skip
     left = full_start - block
     boundary = tl.maximum(left + stop - full_stop, 1)
-    for i in tl.range(0, (left + stop - full_stop) * group, num_stages=STAGES):
+    # Blocks on their way while others are worked on take registers too, which the mask needs.
+    BOUNDARY_STAGES: tl.constexpr = 1 if TMA and D1 == 128 and D2 == 0 else STAGES
+    for i in tl.range(0, (left + stop - full_stop) * group, num_stages=BOUNDARY_STAGES):
         head, first_row, j = h * group + i // boundary, (first_head + i // boundary) * rows + start, i % boundary
+        dout_head = ((dout_ptr + head * dout_stride_h, dout_stride_t), dout_tma, (b, head, start))
+        q_head = ((q_ptr + head * q_stride_h, q_stride_t), q_tma, (b, head, start))
         dk1, dk2, dv1, dv2 = key_grad_block(
-            dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_ptr + head * dout_stride_h, q_ptr + head * q_stride_h,
-            lse_ptr + first_row, delta_ptr + first_row, seed_ptr, dout_stride_t, q_stride_t,
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_head, q_head,
+            lse_ptr + first_row, delta_ptr + first_row, seed_ptr,
             tl.where(j < left, block + j, full_stop + j - left),
             key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, True,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, True, TMA,
         )  # fmt: skip
     dk1 = dk1 * (scale * LN2)
     if D2 > 0:

@@ -29,11 +29,9 @@ def attend_block(
     total,  # (BLOCK_M,) sum of weights so far, relative to the peak
     q1,  # (BLOCK_M, D1)
     q2,  # (BLOCK_M, D2)
-    k_ptr,  # (keys, D), rows k_stride apart
-    v_ptr,  # (keys, D), rows v_stride apart
+    k_head,  # (keys, D), as load_head takes it
+    v_head,
     seed_ptr,  # (1,) int64
-    k_stride,
-    v_stride,
     block,
     position,  # (BLOCK_M,)
     low,
@@ -52,10 +50,11 @@ def attend_block(
     BLOCK_N: tl.constexpr,
     BOUNDARY: tl.constexpr,  # some query may not see some key
     CLEAN: tl.constexpr,  # take values that are NaN or Inf as zeros
+    TMA: tl.constexpr,
 ):
     first = block * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
-    k1, k2 = load_head(k_ptr, first, k_stride, low, keys, D, D1, D2, BLOCK_N, BOUNDARY)
+    k1, k2 = load_head(k_head, first, low, keys, D, D1, D2, BLOCK_N, BOUNDARY, TMA)
     scores = inner_products(q1, q2, k1, k2, D2)
     if BOUNDARY:
         seen = sees(position[:, None], key[None, :], low, keys, window, CAUSAL, WINDOWED)
@@ -72,7 +71,7 @@ def attend_block(
         weights = tl.where(
             kept(seed_ptr, dropout_row[:, None], dropout_column + key[None, :], drop_below), weights, 0.0
         )
-    v1, v2 = load_head(v_ptr, first, v_stride, low, keys, D, D1, D2, BLOCK_N, BOUNDARY)
+    v1, v2 = load_head(v_head, first, low, keys, D, D1, D2, BLOCK_N, BOUNDARY, TMA)
     if CLEAN:
         v1 = tl.where(v1 * 0.0 == 0.0, v1, 0.0).to(v1.dtype)
         v2 = tl.where(v2 * 0.0 == 0.0, v2, 0.0).to(v2.dtype)
@@ -88,6 +87,8 @@ def attention_fwd_kernel(
     q_ptr,  # (B, H, Tq, D) or packed (T, H, D), last dimension contiguous, as all others
     k_ptr,  # (B, Hkv, Tk, D) or (T, Hkv, D)
     v_ptr,  # as k
+    k_tma,  # descriptors of both parts of (B, Hkv, Tk, D) or (1, Hkv, T, D), or None
+    v_tma,
     out_ptr,  # as q
     lse_ptr,  # (B, H, Tq) or (H, T) float32
     key_start_ptr,  # (B,) int32 or unused
@@ -128,6 +129,7 @@ def attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     tile, batch_head = tile_and_head(tiles, batch_heads, section, CAUSAL)
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
@@ -143,12 +145,15 @@ def attention_fwd_kernel(
     q_ptr += b * q_stride_b + h * q_stride_h + start.to(tl.int64) * q_stride_t
     k_ptr += b * k_stride_b + h // group * k_stride_h + start.to(tl.int64) * k_stride_t
     v_ptr += b * v_stride_b + h // group * v_stride_h + start.to(tl.int64) * v_stride_t
+    place = (b, h // group, start)
+    k_head = ((k_ptr, k_stride_t), k_tma, place)
+    v_head = ((v_ptr, v_stride_t), v_tma, place)
     first_row = batch_head.to(tl.int64) * rows + start
 
     first = tile * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)
     position = query + (keys - queries)
-    q1, q2 = load_head(q_ptr, first, q_stride_t, 0, queries, D, D1, D2, BLOCK_M, True)
+    q1, q2 = load_head(((q_ptr, q_stride_t), None, None), first, 0, queries, D, D1, D2, BLOCK_M, True, False)
     sum1, sum2 = zeros_head(BLOCK_M, D1, D2)
     peak = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -160,23 +165,24 @@ def attention_fwd_kernel(
     )
     for i in tl.range(full_start, full_stop, num_stages=STAGES):
         sum1, sum2, peak, total = attend_block(
-            sum1, sum2, peak, total, q1, q2, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t, i, position, low, keys,
+            sum1, sum2, peak, total, q1, q2, k_head, v_head, seed_ptr, i, position, low, keys,
             window, scale, first_row + query, start, drop_below,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, False,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, False, TMA,
         )  # fmt: skip
     left = full_start - block
     for i in tl.range(0, left + stop - full_stop, num_stages=STAGES):
         sum1, sum2, peak, total = attend_block(
-            sum1, sum2, peak, total, q1, q2, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t,
+            sum1, sum2, peak, total, q1, q2, k_head, v_head, seed_ptr,
             tl.where(i < left, block + i, full_stop + i - left), position, low, keys,
             window, scale, first_row + query, start, drop_below,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, False,
+            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, False, TMA,
         )  # fmt: skip
 
     in_rows = query < queries
-    if CAUSAL or WINDOWED:
+    if CAUSAL or WINDOWED or HAS_KEY_START or PACKED:
         # A weight of zero times NaN or Inf is NaN: if a value that a row does not see got into it that way, which its
         # sum of weights shows, go over the tile again without such values, then add them to the rows that see them.
+        # TMA brings in padding and other documents' values like any that a row does not see.
         not_finite = tl.sum(sum1 * 0.0, 1)
         if D2 > 0:
             not_finite += tl.sum(sum2 * 0.0, 1)
@@ -189,10 +195,10 @@ def attention_fwd_kernel(
             for i in tl.range(0, stop - block, num_stages=1):
                 boundary = tl.where(i < full + left, block + i - full, block + i)
                 sum1, sum2, peak, total = attend_block(
-                    sum1, sum2, peak, total, q1, q2, k_ptr, v_ptr, seed_ptr, k_stride_t, v_stride_t,
+                    sum1, sum2, peak, total, q1, q2, k_head, v_head, seed_ptr,
                     tl.where(i < full, full_start + i, boundary), position, low, keys,
                     window, scale, first_row + query, start, drop_below,
-                    CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, True,
+                    CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, True, TMA,
                 )  # fmt: skip
             for key in tl.range(block * BLOCK_N, tl.minimum(stop * BLOCK_N, keys)):
                 seen = sees(position, key, low, keys, window, CAUSAL, WINDOWED)[:, None]

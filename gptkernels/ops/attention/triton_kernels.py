@@ -2,8 +2,9 @@
 
 import triton
 from torch import Tensor, empty_like
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ... import hardware
+from ... import cuda_library, hardware
 from ...torch_library import torch_op
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
@@ -61,6 +62,23 @@ def shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, d
     return pointers, sizes, flags
 
 
+def addressable(*tensors: Tensor) -> bool:
+    """Whether TMA can address them."""
+    return all(x.numel() > 0 and not cuda_library.not_addressable(x) for x in tensors)
+
+
+def descriptors(x: Tensor, launch: dict, block: str) -> tuple[TensorDescriptor, ...] | None:
+    """x: (B, H, T, D) or packed (T, H, D), loaded in blocks of launch[block] tokens
+    -> with TMA, one for each part of the head"""
+    if not launch["TMA"]:
+        return None
+    shape = x.shape if x.dim() == 4 else (1, x.shape[1], x.shape[0], x.shape[2])
+    # The stride of a dimension of size 1 is never used, and may be one that TMA does not take.
+    steps = [stride if size > 1 else 8 for size, stride in zip(shape, strides(x), strict=False)]
+    parts = [part for part in head_parts(x.shape[-1], x.element_size()) if part]
+    return tuple(TensorDescriptor(x, shape, [*steps, 1], [1, 1, launch[block], part]) for part in parts)
+
+
 def grid_arguments(x: Tensor, cu_seqlens: Tensor | None, block: int, bytes_per_head: int):
     """x: (B, H, T, D) or packed (T, H, D), cut into tiles of `block` tokens
     -> number of programs, (tiles of a head, heads of all rows, heads in a section)"""
@@ -97,7 +115,7 @@ def attention_fwd(
     if q.numel() == 0:
         return out, lse
     pointers, sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout)
-    launch = launch_row("fwd", hardware.arch(q.device), q.element_size(), q.shape[-1])
+    launch = launch_row("fwd", hardware.arch(q.device), q.element_size(), q.shape[-1], addressable(k, v))
     group = q.shape[1] // k.shape[1]
     programs, grid = grid_arguments(q, cu_seqlens, launch["BLOCK_M"], bytes_of_head(k) // group)
     with hardware.on_device(q.device):
@@ -105,6 +123,8 @@ def attention_fwd(
             q,
             k,
             v,
+            descriptors(k, launch, "BLOCK_N"),
+            descriptors(v, launch, "BLOCK_N"),
             out,
             lse,
             *pointers,
@@ -153,13 +173,17 @@ def attention_bwd(
     pointers, sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout)
     arch, group = hardware.arch(q.device), q.shape[1] // k.shape[1]
     with hardware.on_device(q.device):
-        launch = launch_row("dq", arch, q.element_size(), q.shape[-1])
+        # Padding and other documents' tokens may be anything, and TMA would bring them in.
+        may = key_start is None and cu_seqlens is None and addressable(k, v)
+        launch = launch_row("dq", arch, q.element_size(), q.shape[-1], may)
         programs, grid = grid_arguments(q, cu_seqlens, launch["BLOCK_M"], bytes_of_head(k) // group)
         attention_bwd_dq_kernel[(programs,)](
             dout,
             q,
             k,
             v,
+            descriptors(k, launch, "BLOCK_N"),
+            descriptors(v, launch, "BLOCK_N"),
             out,
             lse,
             delta,
@@ -178,13 +202,16 @@ def attention_bwd(
             **flags,
             **launch,
         )
-        launch = launch_row("dkdv", arch, q.element_size(), q.shape[-1])
+        may = cu_seqlens is None and addressable(dout, q)
+        launch = launch_row("dkdv", arch, q.element_size(), q.shape[-1], may)
         programs, grid = grid_arguments(k, cu_seqlens, launch["BLOCK_N"], bytes_of_head(q) * group)
         attention_bwd_dkdv_kernel[(programs,)](
             dout,
             q,
             k,
             v,
+            descriptors(dout, launch, "BLOCK_M"),
+            descriptors(q, launch, "BLOCK_M"),
             lse,
             delta,
             dk,

@@ -34,6 +34,17 @@ _SM90 = {
 }  # fmt: skip
 _SM100 = {**_SM90, 2: {**_SM90[2], "dkdv": {**_SM90[2]["dkdv"], 64: (64, 128, 8, 2), 192: (16, 16, 4, 1)}}}
 TABLES = {80: _SM80, 89: _SM80, 90: _SM90, 100: _SM100}
+# For 9.0 where TMA loads keys and values (dkdv: queries and gradients of the output): their addresses take no registers
+# then, and tiles may be larger. Wider heads keep to pointers forward. So does 10.0 in all: Triton 3.6 fails to compile
+# these kernels for it.
+TMA_ROWS = {
+    "fwd": {16: (128, 128, 8, 3), 32: (128, 64, 8, 3), 48: (128, 64, 8, 3), 64: (128, 128, 8, 3),
+            96: (128, 128, 8, 2), 128: (128, 128, 8, 2), 192: (128, 64, 8, 2)},
+    "dq": {16: (128, 64, 4, 3), 32: (128, 64, 8, 3), 48: (128, 64, 8, 3), 64: (128, 64, 8, 3),
+           96: (128, 64, 8, 2), 128: (128, 64, 8, 2), 192: (128, 32, 8, 2), 256: (128, 32, 8, 2)},
+    "dkdv": {16: (32, 64, 4, 2), 32: (32, 64, 4, 2), 48: (32, 64, 8, 2), 64: (64, 128, 8, 2),
+             96: (64, 128, 8, 2), 128: (32, 128, 8, 2), 192: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+}  # fmt: skip
 
 
 def table_arch(arch: int) -> int:
@@ -53,8 +64,11 @@ def head_parts(head_size: int, element_size: int) -> tuple[int, int]:
     return (whole, 0) if whole // 2 + rest >= whole else (whole // 2, rest)
 
 
-def launch_row(kernel: str, arch: int, element_size: int, head_size: int) -> dict:
+def launch_row(kernel: str, arch: int, element_size: int, head_size: int, addressable: bool) -> dict:
+    """addressable: whether TMA can address what the kernel would load with it, and may"""
     part1, part2 = head_parts(head_size, element_size)
     row = part1 + part1 // 2 if part2 else part1
-    block_m, block_n, warps, stages = TABLES[table_arch(arch)][element_size][kernel][row]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "STAGES": stages}
+    tma = addressable and element_size == 2 and table_arch(arch) == 90 and row in TMA_ROWS[kernel]
+    rows = TMA_ROWS[kernel] if tma else TABLES[table_arch(arch)][element_size][kernel]
+    block_m, block_n, warps, stages = rows[row]
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "STAGES": stages, "TMA": tma}
