@@ -7,8 +7,9 @@ from torch import Tensor
 
 # A chunk's logits are this share of the whole: at most 1/16 with room for a second buffer of the same size.
 CHUNKS = 32
-# Below this many rows a chunk's products are too small to be efficient, and its logits too small to matter.
-MIN_ROWS = 64
+# Below this many rows a chunk's products are too small to be efficient, and its logits too small to matter: each adds
+# to all of the weight's gradient, which costs as much as a product of about 50 rows.
+MIN_ROWS = 112
 ROW_ELEMENTS = 8
 
 # A backend's work on one chunk: (logits, targets, losses, lse, scale, ignore_index, with_grad). logits: (R, V) are

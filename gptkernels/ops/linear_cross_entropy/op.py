@@ -71,7 +71,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             grad_x, grad_weight = ctx.kernels.linear_cross_entropy_bwd(dloss, *operands, *ctx.options)
             grads = grad_x.to(x.dtype), grad_weight
         else:
-            grads = [(grad * dloss).to(grad.dtype) for grad in later]
+            grads = later if is_one(dloss) else [(grad * dloss).to(grad.dtype) for grad in later]
         grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:3], strict=True))
         return (
             None,
@@ -81,6 +81,11 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def is_one(dloss: Tensor) -> bool:
+    """Whether the gradient of the loss is known to be 1, without waiting for a GPU."""
+    return not torch.compiler.is_compiling() and type(dloss) is Tensor and dloss.is_cpu and dloss.item() == 1
 
 
 def check_tensors(x, weight, targets) -> None:
