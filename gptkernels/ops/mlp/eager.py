@@ -14,12 +14,13 @@ FORWARD = {
     "relu2": lambda x: F.relu(x).square_(),
     "silu": F.silu,
 }
+# The gradient of the activation's output becomes that of its input, in place.
 BACKWARD = {
-    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
-    "gelu": torch.ops.aten.gelu_backward,
-    "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0),
-    "relu2": lambda grad, x: F.relu(x).mul_(2).mul_(grad),
-    "silu": torch.ops.aten.silu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad),
+    "gelu": lambda grad, x: torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad),
+    "relu": lambda grad, x: torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad),
+    "relu2": lambda grad, x: grad.mul_(F.relu(x).mul_(2)),
+    "silu": lambda grad, x: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad),
 }
 
 
@@ -78,6 +79,8 @@ def mlp_bwd(
     if not (needs_x or needs_fc_weight or needs_fc_bias):
         return none, none, none, grad_proj_weight, grad_proj_bias
     grad_preact = BACKWARD[activation](dout @ proj_weight, preact)
+    # Freed here where it was only made again: with save="input", before there are more gradients.
+    del preact
     return (
         grad_preact @ fc_weight if needs_x else none,
         weight_grad(grad_preact, x, fc_weight) if needs_fc_weight else none,
