@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from .accelerate import accelerate
 
-ROWS, TOKENS, PADDING, NEW_TOKENS, REPEATS = 2, 64, 9, 40, 5
+ROWS, TOKENS, PADDING, NEW_TOKENS = 2, 64, 9, 40
+# What is timed: rows, and tokens where the model takes as many.
+TIMED = {"cpu": (1, 512), "cuda": (8, 1024)}
+REPEATS = 3
 # In float32, of the values themselves; in bfloat16, of the error of plain PyTorch in bfloat16.
 FLOAT32, RATIO = 1e-5, 2.0
 
@@ -56,7 +59,7 @@ def run(options: Namespace) -> int:
     print_findings(console, findings)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     costs = {name: cost(each.to(dtype)) for name, each in (("before", model), ("after", fast))}
-    print_costs(console, costs, f"{device.type}, {name_of(dtype)}, {ROWS} x {TOKENS} tokens")
+    print_costs(console, costs, f"{device.type}, {name_of(dtype)}, {shape_of(model)}")
     if options.json:
         result = {"findings": [asdict(f) for f in findings], "costs": {name: asdict(c) for name, c in costs.items()}}
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
@@ -105,15 +108,26 @@ def compare(model: nn.Module, fast: nn.Module) -> Iterator[Finding]:
         yield Finding("float32", f"greedy generation of {NEW_TOKENS} tokens", 0.0 if same else torch.inf)
 
 
-def inputs(model: nn.Module) -> dict[str, Tensor]:
+def inputs(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS, room: int = NEW_TOKENS) -> dict[str, Tensor]:
+    """tokens: at most, with room for as many more"""
     config, device = model.config, model.device
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(ROWS, config.num_channels, config.image_size, config.image_size).to(device)}
+        return {"pixel_values": torch.randn(rows, config.num_channels, config.image_size, config.image_size).to(device)}
     text = config.get_text_config()
-    tokens = min(TOKENS, getattr(text, "max_position_embeddings", 2 * TOKENS) - NEW_TOKENS)
+    tokens = min(tokens, getattr(text, "max_position_embeddings", tokens + room) - room)
     if tokens <= PADDING:
-        raise ValueError(f"the model takes {tokens + NEW_TOKENS} tokens, and the comparison needs more")
-    return {"input_ids": torch.randint(1, text.vocab_size, (ROWS, tokens)).to(device)}
+        raise ValueError(f"the model takes {tokens + room} tokens, and the comparison needs more")
+    return {"input_ids": torch.randint(1, text.vocab_size, (rows, tokens)).to(device)}
+
+
+def timed_inputs(model: nn.Module) -> dict[str, Tensor]:
+    rows, tokens = TIMED[model.device.type]
+    return inputs(model, rows, tokens, room=0)
+
+
+def shape_of(model: nn.Module) -> str:
+    ((name, value),) = timed_inputs(model).items()
+    return " x ".join(map(str, value.shape)) + (" tokens" if name == "input_ids" else " pixels")
 
 
 def gradients(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +160,7 @@ def share(truth: Tensor, plain: Tensor, ours: Tensor) -> float:
 
 def cost(model: nn.Module) -> Cost:
     dtype, device = next(model.parameters()).dtype, model.device
-    arguments = inputs(model)
+    arguments = timed_inputs(model)
     arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in arguments.items()}
     if "labels" in inspect.signature(model.forward).parameters and "input_ids" in arguments and model.can_generate():
         arguments["labels"] = arguments["input_ids"]
