@@ -31,8 +31,8 @@ def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> 
     row_scale = scale.expand(targets.shape).masked_fill(~valid, torch.nan).masked_fill(~counted, 0)
     probabilities = scores.mul_((row_scale / total).unsqueeze(1))
     probabilities.scatter_add_(1, index, -row_scale.unsqueeze(1))
-    # 0 * NaN or Inf of an ignored row's logits is not 0.
-    if not counted.all():
+    # 0 * NaN or Inf of an ignored row's logits is not 0. A GPU would have to be waited for to know that there is none.
+    if not counted.is_cpu or not counted.all():
         probabilities.masked_fill_(~counted.unsqueeze(1), 0)
     if probabilities.data_ptr() != logits.data_ptr():
         logits.copy_(probabilities)
