@@ -90,6 +90,11 @@ def built_archs() -> list[str]:
     return load().archs.split(".")
 
 
+def toolkit_version() -> str:
+    """Of the CUDA toolkit that compiled the library, such as 13.0"""
+    return f"{load().cuda_version // 1000}.{load().cuda_version % 1000 // 10}"
+
+
 def not_addressable(x: torch.Tensor) -> str | None:
     """x: (..., D) of 16-bit elements, D contiguous. Why the bulk copy engine cannot read it, or None"""
     # While compiling there is no address to look at; the launchers copy what then turns out to be misaligned.

@@ -85,7 +85,8 @@ def gather() -> dict:
         "nvcc": f"{cuda_build.toolkit_version(nvcc)} ({nvcc})" if nvcc else None,
         "driver": driver_version(),
         "gpus": [gpu_facts(i) for i in range(torch.cuda.device_count())],
-        "cuda_library": cuda_library.missing() or f"built for {', '.join(cuda_library.built_archs())}",
+        "cuda_library": cuda_library.missing()
+        or f"built for {', '.join(cuda_library.built_archs())} by CUDA " + cuda_library.toolkit_version(),
         "simulator": simulator.unavailable() or "installed",
         "ops": backends(device),
     }

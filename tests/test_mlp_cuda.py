@@ -1,22 +1,18 @@
 """The MLP's CUDA kernels: parity, schedules, what the compiler made of them, what they execute, and planted bugs."""
 
-import ctypes
 import re
 import subprocess
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from compile_gate import tool
-from parity import assert_parity
+from mlp_build import CPU, build, load, source, works
 from test_mlp import ACTIVATIONS, assert_mlp_parity, make, transposed
 
 import gptkernels as gk
-from gptkernels import cuda_build, cuda_library, simulator
-from gptkernels.ops.mlp import cuda_kernels, outputs, reference
-
-CPU = SimpleNamespace(device=torch.device("cpu"))
+from gptkernels import cuda_build, cuda_library, hardware, simulator
+from gptkernels.ops.mlp import cuda_kernels, outputs
 
 
 @pytest.fixture
@@ -125,6 +121,12 @@ def test_says_what_it_does_not_take(hopper, change, words):
         gk.mlp(**tensors, backend="cuda")
 
 
+def test_one_multiprocessor_is_refused(hopper, monkeypatch):
+    monkeypatch.setattr(hardware, "sm_count", lambda device: 1)
+    with pytest.raises(gk.UnsupportedError, match="needs 2 multiprocessors"):
+        gk.mlp(**make(hopper, 30, 64, 128, torch.bfloat16), backend="cuda")
+
+
 def test_opcheck(hopper):
     tensors = make(hopper, 12, 64, 128, torch.bfloat16, residual=True)
     arguments = tuple(t.detach() for t in tensors.values())
@@ -200,14 +202,6 @@ def test_the_instructions_that_are_meant(library):
         assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) * 3 < len(re.findall(r"\bHGMMA", text)), name
 
 
-ENTRY = """
-#include "mlp/mlp_kernel.cuh"
-cudaError_t mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { return mlp_fwd_launch<__nv_bfloat16>(p, stream); }
-cudaError_t mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { return mlp_bwd_launch<__nv_bfloat16>(p, stream); }
-using Address = uintptr_t;
-template <typename T> T* pointer(Address address) { return reinterpret_cast<T*>(address); }
-"""
-C_TYPES = {"Address": ctypes.c_uint64, "int": ctypes.c_int, "int64_t": ctypes.c_int64}
 PLANTED = {
     "full": "mbarrier_wait(shared + C::kFull + 8 * place.stage(), place.parity());",
     "empty": "mbarrier_wait(shared + C::kEmpty + 8 * place.stage(), place.parity() ^ 1);",
@@ -221,50 +215,17 @@ PLANTED = {
 }
 
 
-def mutated(folder, name: str, removed: str) -> SimpleNamespace:
-    """What cuda_library.load() returns, of the MLP alone and without `removed`"""
-    source = cuda_build.source_directory()
-    text = (source / "mlp" / "mlp_kernel.cuh").read_text()
-    assert not removed or text.count(removed) == 1
-    bindings = (source / "bindings.cpp").read_text()
-    found = re.findall(r"^(int (mlp_\w+)_binding\((.*?)\) \{.*?^\})", bindings, re.M | re.S)
-    entry = ENTRY + "".join(f'extern "C" {code}\n' for code, _, _ in found)
+def without(removed: str) -> str:
+    """mlp_kernel.cuh without `removed`"""
+    text = source()
+    assert text.count(removed) == 1
     kept = "const int n" if removed.endswith("const int n") else ""
-    (folder / "mlp").mkdir(exist_ok=True)
-    (folder / "mlp" / "mlp_kernel.cuh").write_text(text.replace(removed, ";" + kept) if removed else text)
-    (folder / f"{name}.cu").write_text(entry)
-    command = [cuda_build.find_nvcc(), "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-cudart", "shared"]
-    command += [f"-I{folder}", f"-I{source}", "-gencode", "arch=compute_90a,code=compute_90a"]
-    subprocess.run([*command, str(folder / f"{name}.cu"), "-o", str(folder / f"{name}.so")], check=True)
-    loaded = ctypes.CDLL(str(folder / f"{name}.so"))
-    functions = {}
-    for _, function, parameters in found:
-        functions[function] = getattr(loaded, f"{function}_binding")
-        functions[function].argtypes = [C_TYPES[p.split()[0]] for p in parameters.split(",")]
-    return SimpleNamespace(**functions, error_string=str, archs="90a")
-
-
-def works(module: SimpleNamespace) -> bool:
-    for seed in range(4):
-        torch.manual_seed(seed)
-        with mock.patch.object(cuda_library, "_find", return_value=module), simulator.use(arch=90, seed=seed):
-            try:
-                for save in ("preact", "all"):
-                    assert_parity(
-                        gk.mlp,
-                        reference.mlp,
-                        make(CPU, 290, 400, 520, torch.bfloat16, residual=True),
-                        kwargs={"backend": "cuda", "save": save},
-                        reference_kwargs={},
-                    )
-            except (AssertionError, RuntimeError):
-                return False
-    return True
+    return text.replace(removed, ";" + kept)
 
 
 def test_planted_bugs_are_caught(library, tmp_path):
     if simulator.cuda_unavailable() or not cuda_build.find_nvcc():
         pytest.skip(simulator.cuda_unavailable() or "nvcc was not found")
-    assert works(mutated(tmp_path, "unchanged", ""))
-    missed = [name for name, removed in PLANTED.items() if works(mutated(tmp_path, name, removed))]
+    assert works(load(build(tmp_path, "unchanged", source())))
+    missed = [name for name, removed in PLANTED.items() if works(load(build(tmp_path, name, without(removed))))]
     assert not missed

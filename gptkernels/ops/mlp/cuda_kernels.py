@@ -13,6 +13,8 @@ from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "silu": 5}
 # Rows of a tile: of how many rows each partial sum is.
 BLOCK_M = 128
+# CTAs that work together on tiles below each other.
+CLUSTER = 2
 MAX_ROWS = 1 << 30
 
 
@@ -30,6 +32,8 @@ def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Ten
         reason = None if tensor is None or tensor.stride(-1) != 1 else cuda_library.not_addressable(tensor)
         if reason:
             return f"{name} {reason}"
+    if hardware.sm_count(x.device) < CLUSTER:
+        return f"needs {CLUSTER} multiprocessors, which share the weight's tiles; this GPU has 1"
     return cuda_library.unsupported(x.device, only_arch=90)
 
 

@@ -1,0 +1,79 @@
+"""Removes each wait, fence, barrier and arrival from the CUDA MLP kernels, one at a time, and sees that the simulator
+catches it: `python tests/mutate_mlp.py`, a few minutes."""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mlp_build
+
+STATEMENT = re.compile(
+    r"(?<!auto )\b(mbarrier_wait|mbarrier_arrive_expect|mbarrier_arrive_remote|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
+    r"fence_async_proxy|fence_mbarrier_init|cluster_sync|named_barrier_sync|named_barrier_arrive|bulk_wait_read|"
+    r"bulk_commit|release|wait_stored|__syncwarp)\([^;{}]*\);"
+)
+# What may go without a wrong result, by how the source goes on from there, and why.
+HARMLESS = {
+    "fence_mbarrier_init();": "the simulator does not check it",
+    "__syncwarp(); if (lane == 0) { each_box": "the simulator runs a warp's lanes together",
+    "__syncwarp(); };": "the simulator runs a warp's lanes together",
+    "__syncwarp(); } if constexpr": "the simulator runs a warp's lanes together",
+    "__syncwarp(); cluster_sync();": "the simulator runs a warp's lanes together",
+    "wgmma_fence(); #pragma unroll": "the simulator asks for no fence where results are overwritten",
+}
+TIMEOUT_S = 120
+
+
+def mutants() -> list[tuple[int, str, str | None, str]]:
+    """-> line number, what was removed, why that may be harmless, the file's text without it"""
+    text, found = mlp_build.source(), []
+    for match in STATEMENT.finditer(text):
+        rest = " ".join(text[match.start() :][:200].split())
+        reason = next((why for start, why in HARMLESS.items() if rest.startswith(start)), None)
+        line = text.count("\n", 0, match.start()) + 1
+        found.append((line, match.group(), reason, f"{text[: match.start()]};{text[match.end() :]}"))
+    return found
+
+
+def survives(folder: Path, name: str, text: str) -> bool:
+    """Whether the kernels made from `text` pass, in a process of their own: a hang counts as caught."""
+    library = mlp_build.build(folder, name, text)
+    command = [sys.executable, os.path.abspath(__file__), "--run", str(library)]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        import ptxemu.cuda
+
+        ptxemu.cuda.load_runtime()  # before the library's own runtime can be
+        return 0 if mlp_build.works(mlp_build.load(arguments.run)) else 1
+    caught, harmless, missed = 0, 0, []
+    with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
+        folder = Path(name)
+        if not survives(folder, "unchanged", mlp_build.source()):
+            sys.exit("the kernels fail without any change")
+        for line, removed, reason, text in mutants():
+            lives = survives(folder, f"line_{line}", text)
+            caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
+            if lives and not reason:
+                missed.append(f"mlp_kernel.cuh:{line}: {removed}")
+            verdict = "caught" if not lives else f"harmless: {reason}" if reason else "MISSED"
+            print(f"mlp_kernel.cuh:{line}: {' '.join(removed.split())}  {verdict}", flush=True)
+    print(f"{caught} caught, {harmless} harmless, {len(missed)} missed", *missed, sep="\n")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
