@@ -25,6 +25,7 @@ from swap_models import (
 from torch import nn
 
 import gptkernels as gk
+from gptkernels import dispatch
 
 pytest.importorskip("transformers")
 TESTS = Path(__file__).parent
@@ -456,6 +457,22 @@ def test_encoder_layers(options, training):
         real = mask.bool() if "src_key_padding_mask" in arguments else torch.ones_like(mask, dtype=torch.bool)
         expected, found = (each.encoder(each.embedded, **arguments)[real] for each in (model, fast))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_inference_runs_our_kernels_in_every_layer(monkeypatch):
+    """torch would take its shortcut through nested tensors."""
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    fast, calls, choose = copy.deepcopy(model), [], dispatch.choose
+    gk.accelerate(fast)
+    mask = torch.ones(2, TOKENS)
+    mask[1, -5:] = 0
+    tokens = torch.randint(0, VOCABULARY, (2, TOKENS))
+    monkeypatch.setattr(dispatch, "choose", lambda op, *args: calls.append(op) or choose(op, *args))
+    with torch.no_grad():
+        expected, found = (each(tokens, attention_mask=mask)[mask.bool()] for each in (model, fast))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert {op: calls.count(op) for op in calls} == {"attention": 3, "layer_norm": 6, "mlp": 3}
 
 
 def test_encoder_layers_never_lose_a_window():
