@@ -1,8 +1,9 @@
 """Writes the measured tables of README.md from benchmarks/results/, so that no number there is typed by hand.
 
-    python benchmarks/report.py [--check]
+    python benchmarks/report.py [--check | --draw]
 
-A table goes between <!-- begin NAME --> and <!-- end NAME -->. --check: exit 1 if README.md is not up to date.
+A table goes between <!-- begin NAME --> and <!-- end NAME -->. --check: exit 1 if README.md is not up to date. --draw:
+draw the pictures of results/*-bench.json again.
 """
 
 import argparse
@@ -11,13 +12,10 @@ import re
 import statistics
 from pathlib import Path
 
+from measured import bench_tables, draw, profile_tables, table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def cpu_attention() -> str:
@@ -73,13 +71,22 @@ def families() -> str:
     return f"{made}\n\n{meaning} Left: {numbered}."
 
 
-TABLES = {"cpu-attention": cpu_attention, "cpu-mlp": cpu_mlp, "families": families}
+TABLES = {
+    "cpu-attention": cpu_attention,
+    "cpu-mlp": cpu_mlp,
+    "families": families,
+    "bench": bench_tables,
+    "profile": profile_tables,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
+    if options.draw:
+        draw()
     readme = ROOT / "README.md"
     text = before = readme.read_text()
     for name, make in TABLES.items():

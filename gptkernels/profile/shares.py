@@ -4,6 +4,7 @@ Modules announce themselves while they run, the innermost one counts. A backward
 forward operation made it: autograd numbers both alike.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
@@ -70,6 +71,7 @@ def announced(model: nn.Module):
 
 def profiled(model: nn.Module, step: Callable[[], object], steps: int, device: torch.device):
     """-> (microseconds of one step by part, the profiler, which can write a trace)"""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds of torch announce every start and stop
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with announced(model):
         step()
