@@ -24,7 +24,7 @@ HARMLESS = {
     "__syncwarp(); };": "the simulator runs a warp's lanes together",
     "__syncwarp(); } if constexpr": "the simulator runs a warp's lanes together",
     "__syncwarp(); cluster_sync();": "the simulator runs a warp's lanes together",
-    "wgmma_fence(); #pragma unroll": "the simulator asks for no fence where results are overwritten",
+    "named_barrier_sync(kGroup + group, kWarpgroup); }": "the group meets at its turn before it writes sums again",
 }
 TIMEOUT_S = 120
 
