@@ -3,6 +3,7 @@
 import statistics
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -125,7 +126,7 @@ def print_document(console: Console, document: dict) -> None:
 def print_group(console: Console, title: str, rows: list[dict], on_gpu: bool) -> None:
     """The contenders of one case, fastest first; how many times the time of our fastest each takes."""
     flops_bound = rows[0]["op"] not in MEMORY_BOUND
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     columns = ("time", "spread", *["host"] * on_gpu, "to ours", *rate_columns(flops_bound, on_gpu), "error", "memory")
     for column in columns:

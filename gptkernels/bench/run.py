@@ -19,7 +19,7 @@ from ..check import resolve_device
 from . import measure, peers, report, schema, suites, telemetry, truth
 from .cases import DTYPES, OPS, PASSES, Case, parse_shape
 
-SECONDS = {"cuda": 0.4, "cpu": 1.0}  # of samples per contender and pass
+SECONDS = {"cuda": 0.4, "cpu": 0.6}  # of samples per contender and pass
 CONTEXT_LOST = 3
 PENDING = "skipped"  # what a row stays at if it is never reached
 
