@@ -54,7 +54,7 @@ def hidden_gradient(t: dict[str, torch.Tensor], preact: torch.Tensor, act: torch
 
 def backward(t: dict[str, torch.Tensor], preact: torch.Tensor):
     none = preact.new_empty(0)
-    options = ("gelu_tanh", "preact", [True] * 5)
+    options = ("gelu_tanh", "preact", [True] * 5, None, None)
     return triton_kernels.mlp_bwd(t["x"], t["x"], t["fc"], t["fc_bias"], t["proj"], preact, none, *options)
 
 

@@ -9,23 +9,27 @@ from torch import Tensor
 from .dispatch import UnsupportedError
 
 
-def torch_op(fake: Callable) -> Callable:
+def torch_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Makes `<op>_fwd` in `<backend>_kernels.py` the op `gptkernels::<op>_fwd_<backend>`.
 
-    fake: takes the launcher's arguments and returns its outputs, allocated and not filled in.
+    fake: takes the launcher's arguments and returns its outputs, allocated and not filled in. mutates: arguments that
+    the launcher writes to.
     Under torch.compile and on tensor subclasses (fake, functional, ...) calls go through the dispatcher; plain tensors
     reach the launcher directly, because the dispatcher costs more than a small kernel takes.
     """
 
     def wrap(launcher: Callable) -> Callable:
         backend = launcher.__module__.rsplit(".", 1)[-1].removesuffix("_kernels")
-        op = torch.library.custom_op(f"gptkernels::{launcher.__name__}_{backend}", launcher, mutates_args=())
+        op = torch.library.custom_op(f"gptkernels::{launcher.__name__}_{backend}", launcher, mutates_args=mutates)
         op.register_fake(fake)
 
         @functools.wraps(launcher)
         def call(first, *rest):
             if torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter):
                 return op(first, *rest)
+            if torch.is_grad_enabled():  # as in a backward pass with create_graph=True
+                with torch.no_grad():
+                    return launcher(first, *rest)
             return launcher(first, *rest)
 
         call.torch_op = op

@@ -169,7 +169,9 @@ def test_transposed_weights(anywhere, backend, names, copies_from):
     out, preact, act = kernels.mlp_fwd(*arguments, "gelu", "all")
     x, fc_weight, fc_bias, proj_weight = arguments[:4]
     backward = (torch.ones_like(out), x, fc_weight, fc_bias, proj_weight, preact, act, "gelu", "all", [True] * 5)
-    torch.library.opcheck(kernels.mlp_bwd.torch_op, backward)
+    torch.library.opcheck(kernels.mlp_bwd.torch_op, (*backward, None, None))
+    sums = torch.zeros(fc_weight.shape), torch.zeros(proj_weight.shape)
+    torch.library.opcheck(kernels.mlp_bwd.torch_op, (*backward, *sums))
 
 
 @pytest.mark.parametrize(("copies_from", "detail"), [(0, "fused epilogues"), (41, "cuBLAS and a fused pointwise pass")])

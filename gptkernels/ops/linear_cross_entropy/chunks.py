@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..products import add_product
+
 # A chunk's logits are this share of the whole: at most 1/16 with room for a second buffer of the same size.
 CHUNKS = 32
 # Below this many rows a chunk's products are too small to be efficient, and its logits too small to matter: each adds
@@ -99,13 +101,3 @@ def over_chunks(
             add_product(weight_sum, logits.mT, x[rows])
     dtype = torch.float32 if float_weight_grad else weight.dtype
     return losses, lse, grad_x, weight_sum.to(dtype)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total: (N, K) float32 += a @ b: (N, M), (M, K), without rounding the product to the operands' dtype"""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())

@@ -1,3 +1,3 @@
-from .op import MlpFunction, mlp
+from .op import MlpFunction, accumulate_gradient, mlp
 
-__all__ = ["MlpFunction", "mlp"]
+__all__ = ["MlpFunction", "accumulate_gradient", "mlp"]

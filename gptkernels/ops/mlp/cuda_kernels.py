@@ -119,7 +119,7 @@ def mlp_fwd(
     return outputs
 
 
-@torch_op(fake=bwd_outputs)
+@torch_op(fake=bwd_outputs, mutates=("fc_sum", "proj_sum"))
 def mlp_bwd(
     dout: Tensor,
     x: Tensor,
@@ -131,13 +131,20 @@ def mlp_bwd(
     activation: str,
     save: str,
     needs: list[bool],
+    fc_sum: Tensor | None,
+    proj_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
+    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the
+    weights are added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
     if x.shape[0] == 0:
-        grads = bwd_outputs(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
+        grads = bwd_outputs(
+            dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
+        )
         return tuple(grad.zero_() for grad in grads)
     if copies_cost_more(x, fc_weight, proj_weight):
-        return eager.mlp_bwd(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
+        return eager.mlp_bwd(
+            dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
+        )
     if save == "input":
         preact = linear(x, fc_weight, fc_bias)
     remade = None
@@ -145,4 +152,4 @@ def mlp_bwd(
         act = remade = torch.empty_like(preact)
     operands = map(cuda_library.addressable, (dout, proj_weight))
     grad, partials = fused_grad_preact(*operands, preact, activation, remade, wants_partials=needs[2])
-    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs)
+    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs, fc_sum, proj_sum)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...torch_library import torch_op
+from ..products import add_product
 from .outputs import bwd_outputs, fwd_outputs, is_transposed
 
 FORWARD = {
@@ -54,7 +55,7 @@ def mlp_fwd(
     return out, none if save == "input" else preact, act if save == "all" else none
 
 
-@torch_op(fake=bwd_outputs)
+@torch_op(fake=bwd_outputs, mutates=("fc_sum", "proj_sum"))
 def mlp_bwd(
     dout: Tensor,
     x: Tensor,
@@ -66,15 +67,20 @@ def mlp_bwd(
     activation: str,
     save: str,
     needs: list[bool],
+    fc_sum: Tensor | None,
+    proj_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
+    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the
+    weights are added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     none = x.new_empty(0)
     if save == "input":
         preact = linear(x, fc_weight, fc_bias)
     grad_proj_weight = none
     if needs_proj_weight:
-        grad_proj_weight = weight_grad(dout, act if save == "all" else FORWARD[activation](preact), proj_weight)
+        grad_proj_weight = weight_grad(
+            dout, act if save == "all" else FORWARD[activation](preact), proj_weight, proj_sum
+        )
     grad_proj_bias = column_sum(dout) if needs_proj_bias else none
     if not (needs_x or needs_fc_weight or needs_fc_bias):
         return none, none, none, grad_proj_weight, grad_proj_bias
@@ -83,7 +89,7 @@ def mlp_bwd(
     del preact
     return (
         grad_preact @ fc_weight if needs_x else none,
-        weight_grad(grad_preact, x, fc_weight) if needs_fc_weight else none,
+        weight_grad(grad_preact, x, fc_weight, fc_sum) if needs_fc_weight else none,
         column_sum(grad_preact) if needs_fc_bias else none,
         grad_proj_weight,
         grad_proj_bias,
@@ -99,21 +105,26 @@ def other_grads(
     grad_preact: Tensor,
     partials: Tensor | None,
     needs: list[bool],
+    fc_sum: Tensor | None,
+    proj_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mlp_bwd's results, where kernels have made grad_preact: (M, hidden) and its column sums in parts: (P, hidden)"""
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
     none = torch.empty((0,), dtype=x.dtype, device=x.device)
     return (
         grad_preact @ fc_weight if needs_x else none,
-        weight_grad(grad_preact, x, fc_weight) if needs_fc_weight else none,
+        weight_grad(grad_preact, x, fc_weight, fc_sum) if needs_fc_weight else none,
         partials.sum(0).to(x.dtype) if needs_fc_bias else none,
-        weight_grad(dout, act, proj_weight) if needs_proj_weight else none,
+        weight_grad(dout, act, proj_weight, proj_sum) if needs_proj_weight else none,
         column_sum(dout) if needs_proj_bias else none,
     )
 
 
-def weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """grad: (M, N), x: (M, K) -> grad.mT @ x: (N, K), in memory as the weight is"""
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
+    """grad: (M, N), x: (M, K) -> grad.mT @ x: (N, K), in memory as the weight is; or added to total: (N, K)"""
+    if total is not None:
+        add_product(total, grad.mT, x)
+        return x.new_empty(0)
     return (x.mT @ grad).mT if is_transposed(weight) else grad.mT @ x
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import select
+from ...dispatch import UnsupportedError, select
 from ...torch_library import first_order_only
 from .. import checks
 from ..autocast import autocast
@@ -40,6 +40,7 @@ def mlp(
     Weights may be views (out, in) of matrices (in, out), and their gradients then are, too. Few rows take them as they
     are; many rows copy them for a fused kernel.
     """
+    sums = sum_of("fc_weight", fc_weight), sum_of("proj_weight", proj_weight)
     x, fc_weight, fc_bias, proj_weight, proj_bias, residual = autocast(
         x, fc_weight, fc_bias, proj_weight, proj_bias, residual
     )
@@ -51,27 +52,55 @@ def mlp(
     fc_weight, proj_weight = (w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight))
     fc_bias, proj_bias = (None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias))
     parameters = fc_weight, fc_bias, proj_weight, proj_bias
-    out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save)
+    out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save, sums)
     return out.view(*x.shape[:-1], proj_weight.shape[0])
 
 
 class MlpFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save):
+    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save, sums):
         out, preact, act = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
         ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, preact, act)
-        ctx.kernels, ctx.options = kernels, (activation, save)
+        ctx.kernels, ctx.options, ctx.sums = kernels, (activation, save), sums
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, fc_weight, fc_bias, proj_weight, preact, act = ctx.saved_tensors
         dout, needs = as_rows(dout), list(ctx.needs_input_grad[1:6])
-        grads = ctx.kernels.mlp_bwd(dout, x, fc_weight, fc_bias, proj_weight, preact, act, *ctx.options, needs)
-        grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        grads = ctx.kernels.mlp_bwd(
+            dout, x, fc_weight, fc_bias, proj_weight, preact, act, *ctx.options, needs, *ctx.sums
+        )
+        added = (False, ctx.sums[0] is not None, False, ctx.sums[1] is not None, False)
+        grads = [g if needed and not has else None for g, needed, has in zip(grads, needs, added, strict=True)]
         grads.append(dout if ctx.needs_input_grad[6] else None)
         sources = (dout, x, fc_weight, fc_bias, proj_weight)
-        return None, *first_order_only("mlp", tuple(grads), sources), None, None
+        return None, *first_order_only("mlp", tuple(grads), sources), None, None, None
+
+
+SUM = "gptkernels_gradient_sum"
+
+
+def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:
+    """From now on gk.mlp adds the gradient of this weight to `total` within the product that makes it, without rounding
+    it first, and leaves weight.grad alone. total: the weight's shape, float32 or the weight's dtype, such as the
+    gradient of earlier micro-batches; None ends it. Not for torch.compile."""
+    if total is not None:
+        checks.check_tensor(
+            "total", total, dtypes=(*dict.fromkeys((weight.dtype, torch.float32)),), device=weight.device
+        )
+        checks.check_shape("total", total, weight.shape, "the weight's shape")
+        if total.requires_grad:
+            raise ValueError("total must not require a gradient: it is written to")
+    setattr(weight, SUM, total)
+
+
+def sum_of(name: str, weight: Tensor) -> Tensor | None:
+    """What accumulate_gradient asked for."""
+    total = getattr(weight, SUM, None)
+    if total is not None and torch.compiler.is_compiling():
+        raise UnsupportedError(f"mlp: {name} accumulates its gradient, which torch.compile cannot trace")
+    return total
 
 
 def check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual) -> None:

@@ -41,8 +41,11 @@ def bwd_outputs(
     activation: str,
     save: str,
     needs: list[bool],
+    fc_sum: Tensor | None,
+    proj_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """needs: whether the gradients of x, fc_weight, fc_bias, proj_weight and proj_bias are wanted -> those gradients"""
+    needs = [needs[0], needs[1] and fc_sum is None, needs[2], needs[3] and proj_sum is None, needs[4]]
     shapes = (x.shape, fc_weight.shape, fc_weight.shape[:1], proj_weight.shape, proj_weight.shape[:1])
     transposed = (False, is_transposed(fc_weight), False, is_transposed(proj_weight), False)
 

@@ -222,7 +222,7 @@ def mlp_fwd(
     return out, preact if save == "input" else before, act
 
 
-@torch_op(fake=bwd_outputs)
+@torch_op(fake=bwd_outputs, mutates=("fc_sum", "proj_sum"))
 def mlp_bwd(
     dout: Tensor,
     x: Tensor,
@@ -234,13 +234,18 @@ def mlp_bwd(
     activation: str,
     save: str,
     needs: list[bool],
+    fc_sum: Tensor | None,
+    proj_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj"""
+    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the
+    weights are added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
     needs_fc_bias, needs_proj_weight = needs[2:4]
     if x.shape[0] == 0:
         return tuple(
             grad.zero_()
-            for grad in bwd_outputs(dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs)
+            for grad in bwd_outputs(
+                dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
+            )
         )
     if save == "input":
         preact = linear(x, fc_weight, fc_bias)
@@ -252,4 +257,4 @@ def mlp_bwd(
     else:
         grad = dout @ proj_weight
         partials = pointwise_grad_preact(grad, preact, activation, remade, needs_fc_bias)
-    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs)
+    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs, fc_sum, proj_sum)
