@@ -44,14 +44,14 @@ def run(op: Callable, tensors: dict[str, Tensor], cotangents: list[Tensor], **kw
     return outputs, dict(zip(wanted, grads, strict=True))
 
 
-def converted(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Fresh leaves on the CPU, in `dtype` where it is given and the tensor is floating point."""
+def converted(tensors: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device | str) -> dict[str, Tensor]:
+    """Fresh leaves on the device, in `dtype` where it is given and the tensor is floating point."""
 
     def convert(tensor):
         if tensor is None:
             return None
         floating = tensor.is_floating_point()
-        copy = tensor.detach().to("cpu", dtype if dtype and floating else tensor.dtype, copy=True)
+        copy = tensor.detach().to(device, dtype if dtype and floating else tensor.dtype, copy=True)
         return copy.requires_grad_(tensor.requires_grad)
 
     return {name: convert(tensor) for name, tensor in tensors.items()}
@@ -96,14 +96,15 @@ def assert_parity(
     reference_kwargs: dict | None = None,
     ordinary: Callable | None = None,
     cotangents: list[Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Runs op(**tensors, **kwargs) and its backward pass, both with NaN-filled allocations, and compares.
 
     ordinary: what people would write in PyTorch, called like the reference; its error is the measure of the allowed
-    one (by default the reference's own). Returns the largest share of the allowed error that was used up.
+    one (by default the reference's own). device: where the reference runs, whose kwargs are on it. Returns the largest share of the allowed error that was used up.
     """
     reference_kwargs = (kwargs or {}) if reference_kwargs is None else reference_kwargs
-    truth_inputs = converted(tensors, torch.float64)
+    truth_inputs = converted(tensors, torch.float64, device)
     truths = as_tuple(reference(**truth_inputs, **reference_kwargs))
     if cotangents is None:
         cotangents = [torch.randn(out.shape) for out in truths]
@@ -112,7 +113,7 @@ def assert_parity(
     # Everything gets the cotangents as the op saw them, rounded to its outputs' dtypes.
     seen = [c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=True)]
     truths, truth_grads = run(reference, truth_inputs, seen, **reference_kwargs)
-    ordinaries, ordinary_grads = run(ordinary or reference, converted(tensors, None), seen, **reference_kwargs)
+    ordinaries, ordinary_grads = run(ordinary or reference, converted(tensors, None, device), seen, **reference_kwargs)
     used = [
         check(f"output {i}", output, truth, ordinary)
         for i, (output, truth, ordinary) in enumerate(zip(outputs, truths, ordinaries, strict=True))
