@@ -101,7 +101,8 @@ def assert_parity(
     """Runs op(**tensors, **kwargs) and its backward pass, both with NaN-filled allocations, and compares.
 
     ordinary: what people would write in PyTorch, called like the reference; its error is the measure of the allowed
-    one (by default the reference's own). device: where the reference runs, whose kwargs are on it. Returns the largest share of the allowed error that was used up.
+    one (by default the reference's own). device: where the reference runs; its kwargs have to be there. Returns the
+    largest share of the allowed error that was used up.
     """
     reference_kwargs = (kwargs or {}) if reference_kwargs is None else reference_kwargs
     truth_inputs = converted(tensors, torch.float64, device)
