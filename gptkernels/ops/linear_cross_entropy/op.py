@@ -52,8 +52,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:3]
         float_weight_grad = weight.dtype == torch.float32
         operands = x.to(dtype), weight.to(dtype), targets
+        # In float32 until backward has scaled it: rounding it before and after would be twice the error.
         loss, lse, grad_x, grad_weight = kernels.linear_cross_entropy_fwd(
-            *operands, ignore_index, reduction, *needs, float_weight_grad
+            *operands, ignore_index, reduction, *needs, True
         )
         later = (targets, lse) if reduction == "none" else (grad_x.to(x.dtype), grad_weight)
         ctx.save_for_backward(x, weight, *later)
@@ -71,7 +72,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             grad_x, grad_weight = ctx.kernels.linear_cross_entropy_bwd(dloss, *operands, *ctx.options)
             grads = grad_x.to(x.dtype), grad_weight
         else:
-            grads = later if is_one(dloss) else [(grad * dloss).to(grad.dtype) for grad in later]
+            scaled = later if is_one(dloss) else [grad * dloss for grad in later]
+            grads = [grad.to(source.dtype) for grad, source in zip(scaled, (x, weight), strict=True)]
         grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:3], strict=True))
         return (
             None,
