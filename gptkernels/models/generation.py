@@ -101,44 +101,23 @@ class Sampling:
 
 
 def generate(
-    model,
-    prompts: Tensor | Sequence[Tensor],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop: int | None = None,
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
+    model, prompts: Tensor | Sequence[Tensor], max_new_tokens: int, *, stop: int | None = None, **options
 ) -> Tensor | list[Tensor]:
     """prompts: (B, T) int64, or one (T,) tensor per row where they differ in length -> the same with what follows.
 
     stop: a token that ends a row. A tensor comes back as a tensor, filled up with `stop` behind the rows that ended;
-    a list as a list, each row up to and including its stop token.
+    a list as a list, each row up to and including its stop token. options: as stream takes them.
     """
-    tokens, lengths = pad(prompts, model)
-    steps = list(
-        stream(
-            model,
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            stop=stop,
-            generator=generator,
-            use_cache=use_cache,
-        )
-    )
-    new = torch.stack(steps, 1) if steps else tokens.new_zeros(len(tokens), 0)
+    steps = list(stream(model, prompts, max_new_tokens, stop=stop, **options))
+    device = model.embedding.token.weight.device
+    new = torch.stack(steps, 1) if steps else torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
     if isinstance(prompts, Tensor):
-        return torch.cat((tokens, new), 1)
+        return torch.cat((prompts.to(new), new), 1)
     rows = []
-    for row, length, continued in zip(tokens, lengths.tolist(), new, strict=True):
+    for prompt, continued in zip(prompts, new, strict=True):
         if stop is not None and (continued == stop).any():
             continued = continued[: (continued == stop).nonzero()[0].item() + 1]
-        rows.append(torch.cat((row[:length], continued)))
+        rows.append(torch.cat((prompt.to(new), continued)))
     return rows
 
 
@@ -155,7 +134,10 @@ def stream(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """As generate, yielding (B,) the next token of each row as it is chosen; ends early when every row has ended."""
+    """Yields (B,) the next token of each row as it is chosen, `stop` behind a row's end; ends when every row has.
+
+    temperature 0 takes the likeliest token; top_k and top_p keep the likeliest k, or those that reach a probability of
+    p together. use_cache=False computes everything again for each token."""
     sampling = Sampling(temperature, top_k, top_p)
     tokens, lengths = pad(prompts, model)
     longest = lengths.max().item() + max_new_tokens

@@ -2,11 +2,11 @@
 
 import copy
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import MLP, CausalSelfAttention, LayerNorm
+from ..ops.attention.visibility import visible
 from .gpt import GPT
 
 ACTIVATIONS = {
@@ -46,15 +46,10 @@ class PlainAttention(CausalSelfAttention):
         return self.out(out.transpose(1, 2).flatten(2))
 
     def mask(self, x: Tensor, key_start: Tensor | None) -> Tensor | None:
-        """x: (B, T, C) -> (B or 1, 1, T, T) bool, True where a query sees a key, or None where is_causal says it all"""
+        """x: (B, T, C) -> (T, T) or (B, 1, T, T) bool, True where a query sees a key; None: is_causal says it all"""
         if self.window is None and key_start is None:
             return None
-        position = torch.arange(x.shape[1], device=x.device)
-        distance = position.unsqueeze(1) - position
-        window = x.shape[1] if self.window is None else self.window
-        seen = (distance >= 0) & (distance < window) if self.causal else distance.abs() < window
-        seen = seen[None, None]
-        return seen if key_start is None else seen & (position >= key_start.view(-1, 1, 1, 1))
+        return visible(x.shape[1], x.shape[1], self.causal, self.window, key_start, x.device)
 
 
 class PlainGPT(GPT):

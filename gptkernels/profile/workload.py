@@ -105,7 +105,7 @@ class Workload:
                 return self.subject.logits(self.model, self.tokens)
 
     def step(self) -> Tensor:
-        """-> loss, or a mean of the logits"""
+        """-> loss: (), or logits: (B, T, V)"""
         out = self.forward()
         if not self.training:
             return out

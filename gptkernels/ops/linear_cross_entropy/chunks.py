@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...torch_library import torch_op
 from ..products import add_product
 
 # A chunk's logits are this share of the whole: at most 1/16 with room for a second buffer of the same size.
@@ -32,17 +33,15 @@ def fwd_outputs(
     reduction: str,
     needs_x: bool,
     needs_weight: bool,
-    float_weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x: (M, d), weight: (V, d), targets: (M,) -> loss: () or (M,), lse: (M,) float32, gradients of x and weight for a
-    gradient of 1 of the loss; with reduction="none", which has a gradient for each row, none yet"""
+    """x: (M, d), weight: (V, d), targets: (M,) -> loss: () or (M,), lse: (M,) float32, gradients of x and weight
+    (float32) for a gradient of 1 of the loss; with reduction="none", which has a gradient for each row, none yet"""
     now = reduction != "none"
     rows = x.shape[0]
     loss = torch.empty(() if now else (rows,), dtype=torch.float32, device=x.device)
     lse = torch.empty((rows,), dtype=torch.float32, device=x.device)
     grad_x = torch.empty(x.shape if now and needs_x else (0,), dtype=x.dtype, device=x.device)
-    weight_dtype = torch.float32 if float_weight_grad else weight.dtype
-    grad_weight = torch.empty(weight.shape if now and needs_weight else (0,), dtype=weight_dtype, device=x.device)
+    grad_weight = torch.empty(weight.shape if now and needs_weight else (0,), dtype=torch.float32, device=x.device)
     return loss, lse, grad_x, grad_weight
 
 
@@ -58,31 +57,15 @@ def bwd_outputs(
     float_weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d)"""
-    return fwd_outputs(x, weight, targets, ignore_index, "sum", needs_x, needs_weight, float_weight_grad)[2:]
-
-
-def forward(
-    chunk_loss: ChunkLoss, x, weight, targets, ignore_index, reduction, needs_x, needs_weight, float_weight_grad
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What every backend's linear_cross_entropy_fwd returns."""
-    counted = (targets != ignore_index).sum()
-    scale = torch.ones((), device=x.device)
-    if reduction == "mean":
-        scale = scale / counted
-    if reduction == "none":
-        needs_x = needs_weight = False
-    losses, lse, grad_x, grad_weight = over_chunks(
-        chunk_loss, x, weight, targets, scale, ignore_index, needs_x, needs_weight, float_weight_grad
-    )
-    if reduction != "none":
-        losses = losses.sum() * scale
-    return losses, lse, grad_x, grad_weight
+    grad_x, grad_weight = fwd_outputs(x, weight, targets, ignore_index, "sum", needs_x, needs_weight)[2:]
+    return grad_x, grad_weight if float_weight_grad else grad_weight.to(weight.dtype)
 
 
 def over_chunks(
-    chunk_loss: ChunkLoss, x, weight, targets, scale, ignore_index, needs_x, needs_weight, float_weight_grad
+    chunk_loss: ChunkLoss, x, weight, targets, scale, ignore_index, needs_x, needs_weight
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> losses, lse: (M,) float32, gradients of sum(losses * scale) of x: (M, d) and weight: (V, d)"""
+    """-> losses, lse: (M,) float32, gradients of sum(losses * scale) of x: (M, d) and, in float32,
+    weight: (V, d)"""
     losses, lse = (torch.empty((x.shape[0],), dtype=torch.float32, device=x.device) for _ in range(2))
     grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
     weight_sum = torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
@@ -99,5 +82,52 @@ def over_chunks(
             torch.mm(logits, weight, out=grad_x[rows])
         if needs_weight:
             add_product(weight_sum, logits.mT, x[rows])
-    dtype = torch.float32 if float_weight_grad else weight.dtype
-    return losses, lse, grad_x, weight_sum.to(dtype)
+    return losses, lse, grad_x, weight_sum
+
+
+def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
+    """-> a backend's linear_cross_entropy_fwd and linear_cross_entropy_bwd. module: its __name__"""
+
+    def linear_cross_entropy_fwd(
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        reduction: str,
+        needs_x: bool,
+        needs_weight: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x: (M, d), weight: (V, d), targets: (M,) -> loss, lse: (M,), gradients of x and weight"""
+        scale = torch.ones((), device=x.device)
+        if reduction == "mean":
+            scale = scale / (targets != ignore_index).sum()
+        if reduction == "none":
+            needs_x = needs_weight = False
+        losses, lse, grad_x, grad_weight = over_chunks(
+            chunk_loss, x, weight, targets, scale, ignore_index, needs_x, needs_weight
+        )
+        if reduction != "none":
+            losses = losses.sum() * scale
+        return losses, lse, grad_x, grad_weight
+
+    def linear_cross_entropy_bwd(
+        dloss: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        ignore_index: int,
+        needs_x: bool,
+        needs_weight: bool,
+        float_weight_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d); the logits are computed again"""
+        _, _, grad_x, grad_weight = over_chunks(
+            chunk_loss, x, weight, targets, dloss, ignore_index, needs_x, needs_weight
+        )
+        return grad_x, grad_weight if float_weight_grad else grad_weight.to(weight.dtype)
+
+    # torch_op names the backend's ops after its module.
+    for launcher in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):
+        launcher.__module__ = module
+    return torch_op(fake=fwd_outputs)(linear_cross_entropy_fwd), torch_op(fake=bwd_outputs)(linear_cross_entropy_bwd)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ...torch_library import torch_op
 from . import chunks
 
 
@@ -38,36 +37,4 @@ def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> 
         logits.copy_(probabilities)
 
 
-@torch_op(fake=chunks.fwd_outputs)
-def linear_cross_entropy_fwd(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: str,
-    needs_x: bool,
-    needs_weight: bool,
-    float_weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x: (M, d), weight: (V, d), targets: (M,) -> loss, lse: (M,), gradients of x and weight"""
-    return chunks.forward(
-        chunk_loss, x, weight, targets, ignore_index, reduction, needs_x, needs_weight, float_weight_grad
-    )
-
-
-@torch_op(fake=chunks.bwd_outputs)
-def linear_cross_entropy_bwd(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    needs_x: bool,
-    needs_weight: bool,
-    float_weight_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d); the logits are computed again"""
-    return chunks.over_chunks(
-        chunk_loss, x, weight, targets, dloss, ignore_index, needs_x, needs_weight, float_weight_grad
-    )[2:]
+linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.launchers(chunk_loss, __name__)

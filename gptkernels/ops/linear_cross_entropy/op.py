@@ -50,15 +50,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernels, x, weight, targets, ignore_index, reduction, dtype):
         needs = ctx.needs_input_grad[1:3]
-        float_weight_grad = weight.dtype == torch.float32
         operands = x.to(dtype), weight.to(dtype), targets
         # In float32 until backward has scaled it: rounding it before and after would be twice the error.
-        loss, lse, grad_x, grad_weight = kernels.linear_cross_entropy_fwd(
-            *operands, ignore_index, reduction, *needs, True
-        )
+        loss, lse, grad_x, grad_weight = kernels.linear_cross_entropy_fwd(*operands, ignore_index, reduction, *needs)
         later = (targets, lse) if reduction == "none" else (grad_x.to(x.dtype), grad_weight)
         ctx.save_for_backward(x, weight, *later)
-        ctx.kernels, ctx.options = kernels, (ignore_index, *needs, float_weight_grad)
+        ctx.kernels, ctx.options = kernels, (ignore_index, *needs, weight.dtype == torch.float32)
         ctx.reduction, ctx.dtype = reduction, dtype
         return loss
 
