@@ -55,8 +55,11 @@ class Examples:
             raise ValueError("tokenizer must be given: a task's examples are text")
         self.task, self.length, self.truncated = task, length, 0
         self.start, self.delimiter, self.extract = special, special + 1, special + 2
-        check_examples(task, examples, labels)
-        self.labels = known_labels(task, examples) if labels is None else labels
+        if labels is None:
+            labels = labels_of(task, examples)
+        else:
+            check_examples(task, examples, labels)
+        self.labels = labels
         self.answers = torch.tensor([self.labels.index(example["label"]) for example in examples])
         self.sequences = [
             [self.sequence([tokenizer.encode(text) for text in texts]) for texts in TASKS[task].sequences(example)]
@@ -124,7 +127,9 @@ def check_examples(task: str, examples: list[dict], labels: list | None) -> None
             raise ValueError(f"example {number}: label must be one of {labels}, not {example['label']!r}")
 
 
-def known_labels(task: str, examples: list[dict]) -> list:
+def labels_of(task: str, examples: list[dict]) -> list:
+    """What an answer can be, by the examples; ValueError for one that the task cannot have"""
+    check_examples(task, examples, None)
     if task == "multiple_choice":
         return list(range(len(examples[0]["choices"])))
     labels = sorted({example["label"] for example in examples}, key=str)

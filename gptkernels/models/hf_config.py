@@ -3,6 +3,8 @@
 from .config import GPTConfig
 
 BASICS = {"tie_word_embeddings": True}
+# Theirs by default are of the published vocabularies.
+NO_SPECIAL = {"bos_token_id": None, "eos_token_id": None}
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"relu2": "relu2", "silu": "silu", "swish": "silu"}
 BACK = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
@@ -31,58 +33,74 @@ def same(settings: dict, *keys: str) -> float:
     return values.pop()
 
 
-def from_gpt2(settings: dict) -> GPTConfig:
-    require(settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    return GPTConfig(
-        vocabulary=settings["vocab_size"],
-        context=settings["n_positions"],
-        layers=settings["n_layer"],
-        width=settings["n_embd"],
-        heads=settings["n_head"],
-        mlp_width=settings.get("n_inner"),
-        activation=choice(settings, "activation_function", ACTIVATIONS),
-        tied=settings.get("tie_word_embeddings", True),
-        dropout=same(settings, "resid_pdrop", "embd_pdrop"),
-        attention_dropout=settings.get("attn_pdrop", 0.0),
-        eps=settings["layer_norm_epsilon"],
-        init_std=settings.get("initializer_range", 0.02),
-    )
+def common(settings: dict) -> dict:
+    """The fields of ours that all causal families call the same."""
+    return {
+        "vocabulary": settings["vocab_size"],
+        "tied": settings.get("tie_word_embeddings", True),
+        "eps": settings["layer_norm_epsilon"],
+        "init_std": settings.get("initializer_range", 0.02),
+    }
 
 
-def to_gpt2(config: GPTConfig) -> dict:
+def common_back(config: GPTConfig) -> dict:
     return {
         "vocab_size": config.vocabulary,
+        "tie_word_embeddings": config.tied,
+        "layer_norm_epsilon": config.eps,
+        "initializer_range": config.init_std,
+    }
+
+
+def sizes(settings: dict) -> dict:
+    """What GPT-1 and GPT-2 call the same."""
+    return common(settings) | {
+        "context": settings["n_positions"],
+        "layers": settings["n_layer"],
+        "width": settings["n_embd"],
+        "heads": settings["n_head"],
+        "dropout": same(settings, "resid_pdrop", "embd_pdrop"),
+        "attention_dropout": settings.get("attn_pdrop", 0.0),
+    }
+
+
+def sizes_back(config: GPTConfig) -> dict:
+    return common_back(config) | {
         "n_positions": config.context,
         "n_layer": config.layers,
         "n_embd": config.width,
         "n_head": config.heads,
-        "n_inner": config.mlp_width,
-        "activation_function": BACK[config.activation],
-        "tie_word_embeddings": config.tied,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.attention_dropout,
-        "layer_norm_epsilon": config.eps,
-        "initializer_range": config.init_std,
-        "bos_token_id": None,
-        "eos_token_id": None,
     }
+
+
+def from_gpt2(settings: dict) -> GPTConfig:
+    require(settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    return GPTConfig(
+        **sizes(settings),
+        mlp_width=settings.get("n_inner"),
+        activation=choice(settings, "activation_function", ACTIVATIONS),
+    )
+
+
+def to_gpt2(config: GPTConfig) -> dict:
+    return (
+        sizes_back(config)
+        | NO_SPECIAL
+        | {
+            "n_inner": config.mlp_width,
+            "activation_function": BACK[config.activation],
+        }
+    )
 
 
 def from_openai_gpt(settings: dict) -> GPTConfig:
     return GPTConfig(
-        vocabulary=settings["vocab_size"],
-        context=settings["n_positions"],
-        layers=settings["n_layer"],
-        width=settings["n_embd"],
-        heads=settings["n_head"],
+        **sizes(settings),
         norm="post",
         activation=choice(settings, "afn", GPT1_ACTIVATIONS),
-        tied=settings.get("tie_word_embeddings", True),
-        dropout=same(settings, "resid_pdrop", "embd_pdrop"),
-        attention_dropout=settings.get("attn_pdrop", 0.0),
-        eps=settings["layer_norm_epsilon"],
-        init_std=settings.get("initializer_range", 0.02),
         scale_residual_init=False,
     )
 
@@ -94,10 +112,7 @@ def to_openai_gpt(config: GPTConfig) -> dict:
         raise ValueError(
             f"activation must be one of {', '.join(GPT1_BACK)} for a GPT-1 of transformers, not {config.activation}"
         )
-    settings = to_gpt2(config)
-    for key in ("n_inner", "activation_function", "bos_token_id", "eos_token_id"):
-        del settings[key]
-    return settings | {"afn": GPT1_BACK[config.activation]}
+    return sizes_back(config) | {"afn": GPT1_BACK[config.activation]}
 
 
 def from_gpt_neo(settings: dict) -> GPTConfig:
@@ -108,7 +123,7 @@ def from_gpt_neo(settings: dict) -> GPTConfig:
     if len(pattern) != settings["num_layers"]:
         raise ValueError(f"config.json: attention_types must name {settings['num_layers']} layers, not {len(pattern)}")
     return GPTConfig(
-        vocabulary=settings["vocab_size"],
+        **common(settings),
         context=settings["max_position_embeddings"],
         layers=settings["num_layers"],
         width=settings["hidden_size"],
@@ -119,11 +134,8 @@ def from_gpt_neo(settings: dict) -> GPTConfig:
         attention_scale=1.0,
         activation=choice(settings, "activation_function", ACTIVATIONS),
         qkv_bias=False,
-        tied=settings.get("tie_word_embeddings", True),
         dropout=same(settings, "resid_dropout", "embed_dropout"),
         attention_dropout=settings.get("attention_dropout", 0.0),
-        eps=settings["layer_norm_epsilon"],
-        init_std=settings.get("initializer_range", 0.02),
     )
 
 
@@ -131,25 +143,23 @@ def to_gpt_neo(config: GPTConfig) -> dict:
     if config.qkv_bias:
         raise ValueError("qkv_bias must be False for a GPT-Neo of transformers, the only GPT there with banded layers")
     kinds = ["local" if config.layer_window(layer) else "global" for layer in range(config.layers)]
-    return {
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.context,
-        "num_layers": config.layers,
-        "hidden_size": config.width,
-        "num_heads": config.heads,
-        "intermediate_size": config.mlp_width,
-        "attention_types": [[[kind], 1] for kind in kinds],
-        "window_size": config.window or 256,
-        "activation_function": BACK[config.activation],
-        "tie_word_embeddings": config.tied,
-        "resid_dropout": config.dropout,
-        "embed_dropout": config.dropout,
-        "attention_dropout": config.attention_dropout,
-        "layer_norm_epsilon": config.eps,
-        "initializer_range": config.init_std,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    return (
+        common_back(config)
+        | NO_SPECIAL
+        | {
+            "max_position_embeddings": config.context,
+            "num_layers": config.layers,
+            "hidden_size": config.width,
+            "num_heads": config.heads,
+            "intermediate_size": config.mlp_width,
+            "attention_types": [[[kind], 1] for kind in kinds],
+            "window_size": config.window or 256,
+            "activation_function": BACK[config.activation],
+            "resid_dropout": config.dropout,
+            "embed_dropout": config.dropout,
+            "attention_dropout": config.attention_dropout,
+        }
+    )
 
 
 def from_albert(settings: dict) -> GPTConfig:

@@ -13,7 +13,7 @@ from rich.table import Table
 from . import checkpoint, cost
 from .config import PRESETS, GPTConfig
 from .data import MaskedText, Text, Tokenizer, read_examples, read_tokens
-from .finetune import TASKS, Examples, TaskModel, accuracy
+from .finetune import TASKS, Examples, TaskModel, accuracy, labels_of
 from .gpt import GPT
 from .hf_weights import from_hf
 from .parallel import KINDS, Workers
@@ -107,8 +107,9 @@ def train(console: Console, options: Namespace, workers: Workers) -> None:
     state = resumed(options)
     tokenizer = find_tokenizer(options, state)
     torch.manual_seed(options.seed)
-    model = make_model(options, state, tokenizer)
-    data, validation = make_data(options, model, tokenizer)
+    examples = read_examples(options.data) if options.task else None
+    model = make_model(options, state, tokenizer, examples)
+    data, validation = make_data(options, model, tokenizer, examples)
     about = {"tokenizer": None if tokenizer is None else tokenizer.state}
     if options.task:
         about["task"] = {"name": options.task, "labels": data.labels}
@@ -152,7 +153,10 @@ def find_tokenizer(options: Namespace, state: dict | None) -> Tokenizer | None:
     return Tokenizer.from_file(options.tokenizer)
 
 
-def make_model(options: Namespace, state: dict | None, tokenizer: Tokenizer | None) -> torch.nn.Module:
+def make_model(
+    options: Namespace, state: dict | None, tokenizer: Tokenizer | None, examples: list[dict] | None
+) -> torch.nn.Module:
+    """examples: of the task to fine-tune for"""
     changes = {name: getattr(options, name) for name in ("dropout", "save", "backend", "window")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if state is not None:
@@ -183,21 +187,20 @@ def make_model(options: Namespace, state: dict | None, tokenizer: Tokenizer | No
         )
     if options.task is None:
         return gpt
-    labels = Examples(options.task, read_examples(options.data), tokenizer, gpt.config.context, 0).labels
-    return TaskModel(gpt, options.task, len(labels))
+    return TaskModel(gpt, options.task, len(labels_of(options.task, examples)))
 
 
-def make_data(options: Namespace, model: torch.nn.Module, tokenizer: Tokenizer | None):
+def make_data(options: Namespace, model: torch.nn.Module, tokenizer: Tokenizer | None, examples: list[dict] | None):
     """-> data to train on, and to validate on or None"""
     if options.task:
         config = model.gpt.config
         length = options.context or config.context
         first_special = config.vocabulary - len(TaskModel.SPECIAL)
-        data = Examples(options.task, read_examples(options.data), tokenizer, length, first_special)
+        data = Examples(options.task, examples, tokenizer, length, first_special)
         if not options.validation:
             return data, None
-        examples = read_examples(options.validation)
-        return data, Examples(options.task, examples, tokenizer, length, first_special, data.labels)
+        unseen = read_examples(options.validation)
+        return data, Examples(options.task, unseen, tokenizer, length, first_special, data.labels)
     length = min(options.context or model.config.context, model.config.context)
 
     def text(path: str) -> Text | MaskedText:
