@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gptkernels.bench.memory import kept_for_backward, storage_bytes
 from gptkernels.models import GPT, PRESETS, GPTConfig, cost
 from gptkernels.models.plain import PlainLayerNorm, plain_twin
 
@@ -213,17 +214,8 @@ def test_flops_are_those_that_torch_counts(changes):
 @pytest.mark.parametrize("changes", [{}, {"save": "input"}, {"save": "all"}, {"norm": "post"}, BANDED], ids=str)
 def test_memory_is_what_training_keeps(changes, mixed):
     config = GPTConfig(vocabulary=512, context=256, layers=3, width=128, heads=4, **changes)
-    model, kept = GPT(config), {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return x
-
-    tokens = torch.randint(512, (4, 256))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", enabled=mixed):
+    model, tokens = GPT(config), torch.randint(512, (4, 256))
+    with kept_for_backward(model.parameters()) as kept, torch.autocast("cpu", enabled=mixed):
         model(tokens, tokens)
-    measured = sum(storage.nbytes() for storage in kept.values())
+    measured = storage_bytes(kept)
     assert cost.training_memory(config, 4 * 256, mixed=mixed).activations == pytest.approx(measured, rel=0.06)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ..bench.memory import kept_for_backward, storage_bytes
 from ..models import cost
 from ..models.config import GPTConfig
 from .shares import PREFIX
@@ -142,32 +143,13 @@ class Workload:
         if not self.training:
             return found
         found["gradients"] = storage_bytes(self.unwrapped.parameters())
-        own = {local(x).untyped_storage().data_ptr() for x in self.unwrapped.parameters()}
-        kept: dict[int, Tensor] = {}
-
-        def pack(x: Tensor) -> Tensor:
-            pointer = local(x).untyped_storage().data_ptr()
-            if pointer not in own:
-                kept[pointer] = x
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with kept_for_backward(self.unwrapped.parameters()) as kept:
             out = self.forward()
-        found["activations"] = storage_bytes(kept.values())
+        found["activations"] = storage_bytes(kept)
         kept.clear()
         out.backward()
         self.optimizer.zero_grad(set_to_none=True)
         return found
-
-
-def local(x: Tensor) -> Tensor:
-    """FSDP's tensors are shares of larger ones."""
-    return x.to_local() if hasattr(x, "to_local") else x
-
-
-def storage_bytes(tensors) -> int:
-    sizes = {(s := local(x).untyped_storage()).data_ptr(): s.nbytes() for x in tensors}
-    return sum(sizes.values())
 
 
 @dataclass(frozen=True)

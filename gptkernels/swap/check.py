@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..bench.memory import kept_for_backward, storage_bytes
 from .accelerate import accelerate
 
 ROWS, TOKENS, PADDING, NEW_TOKENS = 2, 64, 9, 40
@@ -165,14 +166,6 @@ def cost(model: nn.Module) -> Cost:
     if "labels" in inspect.signature(model.forward).parameters and "input_ids" in arguments and model.can_generate():
         arguments["labels"] = arguments["input_ids"]
     model.train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
 
     def step() -> None:
         loss = model(**arguments).loss if "labels" in arguments else first_output(model, arguments).square().mean()
@@ -180,8 +173,10 @@ def cost(model: nn.Module) -> Cost:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with kept_for_backward(model.parameters()) as kept:
         step()
+    kept_mib = storage_bytes(kept) / 2**20
+    kept.clear()
     seconds = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -190,7 +185,7 @@ def cost(model: nn.Module) -> Cost:
         step()
         seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
-    return Cost(min(seconds) * 1e3, sum(kept.values()) / 2**20, peak)
+    return Cost(min(seconds) * 1e3, kept_mib, peak)
 
 
 def name_of(dtype: torch.dtype) -> str:
