@@ -1,7 +1,7 @@
 """One process or many: torch's own DistributedDataParallel and FSDP2 behind the four things that training asks for."""
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -64,11 +64,9 @@ class Workers:
         """Each worker's share of a batch, which all of them have drawn alike."""
         return {name: x.chunk(self.world)[self.rank] for name, x in batch.items()}
 
-    @contextmanager
     def micro_batch(self, model: nn.Module, last: bool):
         """DDP sums the gradients of all workers once per step; FSDP has no room to wait."""
-        with model.no_sync() if self.kind == "ddp" and not last else nullcontext():
-            yield
+        return model.no_sync() if self.kind == "ddp" and not last else nullcontext()
 
     def mean(self, x: Tensor) -> Tensor:
         """x: () -> its mean over the workers"""
