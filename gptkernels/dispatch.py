@@ -1,10 +1,17 @@
 """Which backend runs a call: the first in an ordered list that supports it, or an error with every reason."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
 
 from .hardware import arch
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 BACKENDS = ("cuda", "triton", "eager")
 
@@ -33,57 +40,76 @@ class Choice:
         return "\n".join(lines + [f"  {backend}: {reason}" for backend, reason in self.reasons.items()])
 
 
-def candidates(op: str, device, backend: str) -> tuple[str, ...]:
+@dataclass
+class Call(Generic[R]):
+    """A call whose arguments have been checked: what decides where it runs, and what then runs it."""
+
+    op: str
+    backends: dict[str, ModuleType]
+    backend: str  # as the caller named it
+    device: torch.device
+    arguments: tuple  # what every backend's unsupported() takes
+    run: Callable[[ModuleType], R]
+
+
+def op(prepare: Callable[P, Call[R]]) -> Callable[P, R]:
+    """Makes a public op of a function that checks its arguments and says how to run the call."""
+
+    @functools.wraps(prepare)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            raise UnsupportedError(
+                f"{prepare.__name__}: the transforms of torch.func (grad, vmap, jvp) are not supported, only autograd"
+            )
+        call = prepare(*args, **kwargs)
+        return call.run(select(call))
+
+    signature = inspect.signature(prepare)
+    (result,) = signature.return_annotation.__args__
+    run.__signature__ = signature.replace(return_annotation=result)
+    run.prepare = prepare
+    return run
+
+
+def candidates(op: str, device: torch.device, backend: str) -> tuple[str, ...]:
     if backend != "auto":
         return (backend,)
     # The kernels may also run on CPU tensors (in the simulator), which nobody wants unless they ask for it.
     return ("eager",) if device.type == "cpu" else ORDER.get((op, arch(device)), BACKENDS)
 
 
-def choose(op: str, backends: dict[str, ModuleType], backend: str, device, args: tuple) -> Choice:
-    """args: what every backend's unsupported() takes."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, not {backend!r}")
+def choose(call: Call[Any]) -> tuple[str | None, dict[str, str]]:
+    """-> the backend that runs the call, or None, and why those before it do not"""
+    if call.backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, not {call.backend!r}")
     reasons = {}
-    for name in candidates(op, device, backend):
-        reason = backends[name].unsupported(*args) if name in backends else f"{op} has no such kernels"
+    for name in candidates(call.op, call.device, call.backend):
+        if name not in call.backends:
+            reasons[name] = f"{call.op} has no such kernels"
+            continue
+        reason = call.backends[name].unsupported(*call.arguments)
         if reason is None:
-            describe = getattr(backends[name], "describe", None)
-            return Choice(op, name, reasons, describe(*args) if describe and _listener else "")
+            return name, reasons
         reasons[name] = reason
-    return Choice(op, None, reasons)
+    return None, reasons
 
 
-# Set by explain(): called with each Choice instead of running the op.
-_listener: Callable[[Choice], None] | None = None
-
-
-class _Explained(BaseException):
-    """Leaves an op after its choice was made; BaseException so that no `except Exception` on the way eats it."""
-
-
-def select(op: str, backends: dict[str, ModuleType], backend: str, device, args: tuple) -> ModuleType:
-    choice = choose(op, backends, backend, device, args)
-    if _listener is not None:
-        _listener(choice)
-        raise _Explained
-    if choice.backend is None:
+def select(call: Call[Any]) -> ModuleType:
+    name, reasons = choose(call)
+    if name is None:
         raise UnsupportedError(
-            f"{op}: no backend supports this call\n"
-            + "\n".join(f"  {name}: {reason}" for name, reason in choice.reasons.items())
+            f"{call.op}: no backend supports this call\n"
+            + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
         )
-    return backends[choice.backend]
+    return call.backends[name]
 
 
 def explain(op: Callable, *args, **kwargs) -> Choice:
     """Which backend `op(*args, **kwargs)` would run, and why the others would not. Runs the op's checks, not the op."""
-    global _listener
-    heard = []
-    _listener = heard.append
-    try:
-        op(*args, **kwargs)
-    except _Explained:
-        return heard[0]
-    finally:
-        _listener = None
-    raise TypeError(f"explain takes an op of gptkernels, not {op!r}")
+    prepare = getattr(op, "prepare", None)
+    if prepare is None:
+        raise TypeError(f"explain takes an op of gptkernels, not {op!r}")
+    call = prepare(*args, **kwargs)
+    name, reasons = choose(call)
+    describe = getattr(call.backends.get(name), "describe", None)
+    return Choice(call.op, name, reasons, describe(*call.arguments) if describe else "")

@@ -27,6 +27,8 @@ def torch_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
         def call(first, *rest):
             if torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter):
                 return op(first, *rest)
+            if first.is_meta:
+                return fake(first, *rest)
             if torch.is_grad_enabled():  # as in a backward pass with create_graph=True
                 with torch.no_grad():
                     return launcher(first, *rest)

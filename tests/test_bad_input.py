@@ -1,6 +1,7 @@
 """Wrong calls get an error that names the argument, what it was and what is accepted."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -125,6 +126,28 @@ def test_explain_does_not_run_the_op(anywhere):
     long = torch.empty(1, 70000, device=x.device), torch.empty(70000, device=x.device)
     assert gk.explain(gk.layer_norm, x, weight, backend="triton").backend == "triton"
     assert "65536" in gk.explain(gk.layer_norm, *long, backend="triton").reasons["triton"]
+
+
+def test_explain_is_nobody_elses_business():
+    expected, stop, failures = gk.layer_norm(X, W), threading.Event(), []
+
+    def run_ops():
+        while not stop.is_set():
+            try:
+                torch.testing.assert_close(gk.layer_norm(X, W), expected)
+            except BaseException as error:
+                failures.append(error)
+                return
+
+    threads = [threading.Thread(target=run_ops) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    choices = {gk.explain(gk.layer_norm, X, W).backend for _ in range(300)}
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert choices == {"eager"}
+    assert not failures
 
 
 def test_a_named_backend_never_falls_back(anywhere):

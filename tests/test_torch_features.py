@@ -149,3 +149,50 @@ def test_kernels_run_where_their_tensors_are(backend):
     with torch.cuda.device(0):
         y = gk.layer_norm(x, weight, backend=backend)
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,), weight))
+
+
+def ops_on(device):
+    """name -> (op, tensors), (shape of the result)"""
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    x, weight, heads = zeros(8, 32), zeros(32), zeros(2, 3, 16, 32)
+    lengths, starts = zeros(2, dtype=torch.int32), zeros(4, dtype=torch.int32)
+    targets = zeros(8, dtype=torch.int64)
+    return {
+        "layer_norm": (gk.layer_norm, (x, weight), {}, [(8, 32)]),
+        "add_layer_norm": (gk.add_layer_norm, (x, x, weight), {"dropout": 0.1}, [(8, 32)] * 2),
+        "attention": (gk.attention, (heads,) * 3, {"window": 4, "key_start": lengths}, [(2, 3, 16, 32)]),
+        "packed": (gk.attention, (heads[0],) * 3, {"cu_seqlens": starts, "dropout": 0.1}, [(3, 16, 32)]),
+        "decode_attention": (gk.decode_attention, (heads[:, :, :1], heads, heads, lengths), {}, [(2, 3, 1, 32)]),
+        "mlp": (gk.mlp, (x, zeros(64, 32), None, zeros(48, 64), None), {}, [(8, 48)]),
+        "loss": (gk.linear_cross_entropy, (x, zeros(50, 32), targets), {}, [()]),
+        "losses": (gk.linear_cross_entropy, (x, zeros(50, 32), targets), {"reduction": "none"}, [(8,)]),
+    }
+
+
+OPS = list(ops_on("meta"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_give_shapes(name):
+    op, tensors, options, shapes = ops_on("meta")[name]
+    if op is not gk.decode_attention:
+        tensors = [x if x is None or not x.is_floating_point() else x.requires_grad_() for x in tensors]
+    out = op(*tensors, **options)
+    outs = out if isinstance(out, tuple) else (out,)
+    assert [x.shape for x in outs] == shapes
+    assert all(x.is_meta for x in outs)
+    if op is not gk.decode_attention:
+        sum(x.sum() for x in outs).backward()
+        for x in tensors:
+            assert x is None or not x.requires_grad or x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+@pytest.mark.parametrize("name", OPS)
+def test_transforms_are_refused_by_name(name, transform):
+    op, (first, *tensors), options, _ = ops_on("cpu")[name]
+    with pytest.raises(gk.UnsupportedError, match=f"{op.__name__}: the transforms of torch.func .* are not supported"):
+        transform(lambda x: op(x, *tensors, **options))(first)

@@ -60,8 +60,10 @@ __device__ __forceinline__ int locate_tile(const AttentionShape& shape, const At
         int before = 0;
         for (int base = 0; base < shape.batch; base += 32) {
             const int document = base + lane;
-            const int first = document < shape.batch ? shape.cu_seqlens[document] : 0;
-            const int length = document < shape.batch ? shape.cu_seqlens[document + 1] - first : 0;
+            // Bounds that nobody has checked: wrong ones must not lead outside of the rows.
+            const int first = document < shape.batch ? min(max(shape.cu_seqlens[document], 0), shape.k_len) : 0;
+            const int end = document < shape.batch ? min(shape.cu_seqlens[document + 1], shape.k_len) : 0;
+            const int length = max(end - first, 0);
             const int blocks = (length + BlockRows - 1) / BlockRows;
             int through = blocks;
 #pragma unroll

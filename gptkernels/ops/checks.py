@@ -41,6 +41,27 @@ def check_number(name: str, value, *, above: float = -math.inf, at_least: float 
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")
 
 
+def check_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """The bounds of packed documents, read from the device."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (q's tokens), not {bounds}")
+    return bounds
+
+
+def check_cache_lengths(lengths: Tensor, capacity: int, window: int | None) -> list[int]:
+    """The tokens of each row of a cache of `capacity` slots so far, read from the device."""
+    values = lengths.tolist()
+    if min(values, default=0) < 0:
+        raise ValueError(f"lengths must be at least 0, not {min(values)}")
+    if max(values, default=0) > capacity and (window is None or window > capacity):
+        raise ValueError(
+            f"lengths must be at most the cache's {capacity} slots, not {max(values)}; more takes a window that the "
+            "cache holds"
+        )
+    return values
+
+
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...torch_library import torch_op
+from ..checks import check_bounds
 from ..dropout import keep
 from .outputs import bwd_outputs, fwd_outputs
 from .visibility import visible_at
@@ -60,11 +61,12 @@ class Sequences(NamedTuple):
 
 def sequences(q: Tensor, k: Tensor, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[Sequences]:
     if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
+        # Looked at here too: under torch.compile the op could not.
+        bounds = check_bounds(cu_seqlens, q.shape[0])
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             yield Sequences(slice(0, 1), slice(start, end), slice(start, end), True)
     elif key_start is not None:
-        for b, start in enumerate(key_start.tolist()):
+        for b, start in enumerate(key_start.clamp(0, k.shape[2]).tolist()):
             yield Sequences(slice(b, b + 1), slice(0, q.shape[2]), slice(start, k.shape[2]), False)
     else:
         yield Sequences(slice(0, q.shape[0]), slice(0, q.shape[2]), slice(0, k.shape[2]), False)

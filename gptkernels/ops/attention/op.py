@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import select
+from ...dispatch import Call, op
 from ...torch_library import first_order_only
 from .. import checks
 from ..autocast import autocast
@@ -14,6 +14,7 @@ BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 HEAD_SIZES = range(16, 257)
 
 
+@op
 def attention(
     q: Tensor,
     k: Tensor,
@@ -26,7 +27,7 @@ def attention(
     key_start: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Call[Tensor]:
     """softmax(q k^T * scale) v over the keys that each query sees, the last query being at the last key.
 
     q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D) in q's memory order. Hkv divides H, D is 16 ... 256.
@@ -38,7 +39,8 @@ def attention(
     dropout: applied whenever it is > 0: pass 0.0 in evaluation.
     key_start: (B,) int32, the first key of each row that is not left padding; clamped to 0 ... Tk.
     cu_seqlens: (N + 1,) int32 from 0 to T: packed documents, q: (T, H, D), k, v: (T, Hkv, D) -> (T, H, D). Values are
-        checked on CPU tensors only, because reading them would stop a GPU.
+        checked on CPU tensors only, because reading them would stop a GPU: there bounds that do not rise from 0 to T
+        give rows of anything, and read and write nothing outside of the tensors.
     A query that sees no key gives zeros, and zero gradients. Under autocast q, k and v are cast to its dtype.
     """
     q, k, v = autocast(q, k, v)
@@ -50,8 +52,12 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = (key_start, cu_seqlens, causal, window, scale, float(dropout))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    kernels = select("attention", BACKENDS, backend, q.device, (q, k, v, *options))
-    return AttentionFunction.apply(kernels, q, k, v, *options)
+    arguments = (q, k, v, *options)
+
+    def run(kernels):
+        return AttentionFunction.apply(kernels, *arguments)
+
+    return Call("attention", BACKENDS, backend, q.device, arguments, run)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -125,6 +131,4 @@ def check_lengths(q: Tensor, k: Tensor, key_start, cu_seqlens) -> None:
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have at least 1 element (documents + 1), not 0")
     if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != q.shape[0] or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must rise from 0 to {q.shape[0]} (q's tokens), not {bounds}")
+        checks.check_bounds(cu_seqlens, q.shape[0])

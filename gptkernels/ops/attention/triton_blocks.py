@@ -24,11 +24,11 @@ UNSPECIALIZED = (
 
 
 @triton.jit
-def locate(cu_seqlens_ptr, documents, tile, BLOCK: tl.constexpr):
+def locate(cu_seqlens_ptr, documents, rows, tile, BLOCK: tl.constexpr):
     """Packed documents, tile (of all documents') -> its document's first row and length, and its place there.
 
     Document n's tiles count from start // BLOCK + n: nobody has to add up lengths, and at most one tile too many each
-    ends up with nothing to do.
+    ends up with nothing to do. Bounds that do not rise from 0 to `rows` give wrong tiles, but none outside of the rows.
     """
     low, high = 0, documents - 1
     while low < high:
@@ -37,8 +37,9 @@ def locate(cu_seqlens_ptr, documents, tile, BLOCK: tl.constexpr):
             low = middle
         else:
             high = middle - 1
-    start = tl.load(cu_seqlens_ptr + low)
-    return start, tl.load(cu_seqlens_ptr + low + 1) - start, tile - (start // BLOCK + low)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low), 0), rows)
+    length = tl.minimum(tl.load(cu_seqlens_ptr + low + 1), rows) - start
+    return start, length, tl.maximum(tile - (start // BLOCK + low), 0)
 
 
 @triton.jit

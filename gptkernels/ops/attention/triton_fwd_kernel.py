@@ -135,7 +135,7 @@ def attention_fwd_kernel(
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     start, queries, low = tl.full((), 0, tl.int32), rows, tl.full((), 0, tl.int32)
     if PACKED:
-        start, queries, tile = locate(cu_seqlens_ptr, documents, tile, BLOCK_M)
+        start, queries, tile = locate(cu_seqlens_ptr, documents, rows, tile, BLOCK_M)
         keys = queries
         if tile * BLOCK_M >= queries:
             return

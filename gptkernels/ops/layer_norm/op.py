@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import select
+from ...dispatch import Call, op
 from ...torch_library import first_order_only
 from .. import checks
 from ..dropout import draw_seed
@@ -13,9 +13,10 @@ from . import cuda_kernels, eager, triton_kernels
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 
 
+@op
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto"
-) -> Tensor:
+) -> Call[Tensor]:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, statistics in float32.
 
     x: (..., N), weight, bias: (N,) -> (..., N) in x's dtype, contiguous.
@@ -24,11 +25,15 @@ def layer_norm(
     """
     check_rows("x", x)
     check_parameters(x, weight, bias, eps)
-    kernels = select("layer_norm", BACKENDS, backend, x.device, (x, None, weight))
-    bias = None if bias is None else bias.contiguous()
-    return LayerNormFunction.apply(kernels, as_rows(x), weight.contiguous(), bias, float(eps)).view(x.shape)
+
+    def run(kernels):
+        parameters = weight.contiguous(), None if bias is None else bias.contiguous()
+        return LayerNormFunction.apply(kernels, as_rows(x), *parameters, float(eps)).view(x.shape)
+
+    return Call("layer_norm", BACKENDS, backend, x.device, (x, None, weight), run)
 
 
+@op
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -38,7 +43,7 @@ def add_layer_norm(
     eps: float = 1e-5,
     dropout: float = 0.0,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Call[tuple[Tensor, Tensor]]:
     """-> (layer_norm(h), h) with h = dropout(x) + residual, in one pass; backward folds both gradients of h into one.
 
     x, residual: (..., N), weight, bias: (N,). The normalised output has x's dtype, h has residual's: x's or float32
@@ -49,12 +54,14 @@ def add_layer_norm(
     checks.check_shape("residual", residual, x.shape, "x's shape")
     check_parameters(x, weight, bias, eps)
     checks.check_number("dropout", dropout, at_least=0, below=1)
-    kernels = select("add_layer_norm", BACKENDS, backend, x.device, (x, residual, weight))
-    bias = None if bias is None else bias.contiguous()
-    y, h = AddLayerNormFunction.apply(
-        kernels, as_rows(x), as_rows(residual), weight.contiguous(), bias, float(eps), float(dropout)
-    )
-    return y.view(x.shape), h.view(x.shape)
+
+    def run(kernels):
+        parameters = weight.contiguous(), None if bias is None else bias.contiguous()
+        rows = as_rows(x), as_rows(residual)
+        y, h = AddLayerNormFunction.apply(kernels, *rows, *parameters, float(eps), float(dropout))
+        return y.view(x.shape), h.view(x.shape)
+
+    return Call("add_layer_norm", BACKENDS, backend, x.device, (x, residual, weight), run)
 
 
 def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:

@@ -1,5 +1,6 @@
 """The loss in chunks of rows, so that the logits never exist as a whole. Backends differ in what they do to a chunk."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -85,6 +86,15 @@ def over_chunks(
     return losses, lse, grad_x, weight_sum
 
 
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """In the launcher, where torch.compile has tensors with values too."""
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if wrong.any():
+        raise ValueError(
+            f"targets must be 0 ... {vocabulary - 1} or ignore_index ({ignore_index}), not {targets[wrong][0].item()}"
+        )
+
+
 def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
     """-> a backend's linear_cross_entropy_fwd and linear_cross_entropy_bwd. module: its __name__"""
 
@@ -98,6 +108,8 @@ def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x: (M, d), weight: (V, d), targets: (M,) -> loss, lse: (M,), gradients of x and weight"""
+        if targets.is_cpu or os.environ.get("GPTKERNELS_CHECKED") == "1":
+            check_range(targets, weight.shape[0], ignore_index)
         scale = torch.ones((), device=x.device)
         if reduction == "mean":
             scale = scale / (targets != ignore_index).sum()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...dispatch import UnsupportedError, select
+from ...dispatch import Call, UnsupportedError, op
 from ...torch_library import first_order_only
 from .. import checks
 from ..autocast import autocast
@@ -16,6 +16,7 @@ ACTIVATIONS = tuple(eager.FORWARD)
 SAVE = ("all", "preact", "input")
 
 
+@op
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -27,7 +28,7 @@ def mlp(
     residual: Tensor | None = None,
     save: str = "preact",
     backend: str = "auto",
-) -> Tensor:
+) -> Call[Tensor]:
     """activation(x @ fc_weight.T + fc_bias) @ proj_weight.T + proj_bias (+ residual)
 
     x: (..., d), fc_weight: (hidden, d), fc_bias: (hidden,), proj_weight: (d_out, hidden), proj_bias: (d_out,),
@@ -47,13 +48,16 @@ def mlp(
     check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual)
     checks.check_choice("activation", activation, ACTIVATIONS)
     checks.check_choice("save", save, SAVE)
-    kernels = select("mlp", BACKENDS, backend, x.device, (x, fc_weight, proj_weight, residual))
-    rows = None if residual is None else as_rows(residual)
-    fc_weight, proj_weight = (w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight))
-    fc_bias, proj_bias = (None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias))
-    parameters = fc_weight, fc_bias, proj_weight, proj_bias
-    out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save, sums)
-    return out.view(*x.shape[:-1], proj_weight.shape[0])
+
+    def run(kernels):
+        rows = None if residual is None else as_rows(residual)
+        weights = [w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight)]
+        biases = [None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias)]
+        parameters = weights[0], biases[0], weights[1], biases[1]
+        out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save, sums)
+        return out.view(*x.shape[:-1], proj_weight.shape[0])
+
+    return Call("mlp", BACKENDS, backend, x.device, (x, fc_weight, proj_weight, residual), run)
 
 
 class MlpFunction(torch.autograd.Function):

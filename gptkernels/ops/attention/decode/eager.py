@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ....torch_library import torch_op
+from ...checks import check_cache_lengths
 from ..eager import block_fwd
 from ..outputs import decode_outputs
 from ..visibility import visible_at
@@ -22,7 +23,8 @@ def decode_attention_fwd(
     """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D)"""
     out = decode_outputs(q, k_cache, v_cache, lengths, window, scale).zero_()
     tokens, capacity = q.shape[2], k_cache.shape[2]
-    for b, length in enumerate(lengths.tolist()):
+    # Looked at here too: under torch.compile the op could not.
+    for b, length in enumerate(check_cache_lengths(lengths, capacity, window)):
         if not length:
             continue
         oldest = max(0, length - tokens)  # position of the first query that exists

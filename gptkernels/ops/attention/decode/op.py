@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ....dispatch import select
+from ....dispatch import Call, op
 from ... import checks
 from ...autocast import autocast
 from ..op import check_heads, check_scale, check_window
@@ -13,6 +13,7 @@ BACKENDS = {"triton": triton_kernels, "eager": eager}
 MAX_TOKENS = 16
 
 
+@op
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -22,7 +23,7 @@ def decode_attention(
     window: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Call[Tensor]:
     """Causal attention of the newest Tq tokens of each row, whose keys and values are in the cache already.
 
     q: (B, H, Tq, D), Tq up to 16; k_cache, v_cache: (B, Hkv, capacity, D); lengths: (B,) int32, the tokens of each row
@@ -34,7 +35,7 @@ def decode_attention(
       `window` keys and the newest one Tq - 1 more, so a ring needs window + Tq - 1 slots: `window` for one token at a
       time. Fewer is an error.
     Slots that no query sees may hold anything, NaN included. A row of length 0 gives zeros. Values of lengths are
-    checked on CPU tensors only.
+    checked on CPU tensors only; on a GPU they are clamped to what the cache may hold.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     check_heads(q, k_cache, v_cache, packed=False, names=("k_cache", "v_cache"))
@@ -47,8 +48,12 @@ def decode_attention(
         window = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
-    kernels = select("decode_attention", BACKENDS, backend, q.device, (q, k_cache, v_cache, lengths, window, scale))
-    return kernels.decode_attention_fwd(q, k_cache, v_cache, lengths, window, scale)
+    arguments = (q, k_cache, v_cache, lengths, window, scale)
+
+    def run(kernels):
+        return kernels.decode_attention_fwd(*arguments)
+
+    return Call("decode_attention", BACKENDS, backend, q.device, arguments, run)
 
 
 def check_cache(q: Tensor, k_cache: Tensor, lengths: Tensor, window: int | None) -> None:
@@ -62,17 +67,5 @@ def check_cache(q: Tensor, k_cache: Tensor, lengths: Tensor, window: int | None)
         )
     checks.check_tensor("lengths", lengths, dtypes=(torch.int32,), ndim=1, device=q.device)
     checks.check_shape("lengths", lengths, q.shape[:1], "q's batch")
-    if (
-        lengths.device.type == "cpu"
-        and type(lengths) is Tensor
-        and lengths.numel()
-        and not torch.compiler.is_compiling()
-    ):
-        shortest, longest = lengths.min().item(), lengths.max().item()
-        if shortest < 0:
-            raise ValueError(f"lengths must be at least 0, not {shortest}")
-        if longest > capacity and (window is None or window > capacity):
-            raise ValueError(
-                f"lengths must be at most the cache's {capacity} slots, not {longest}; more takes a window that the "
-                "cache holds"
-            )
+    if lengths.device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
+        checks.check_cache_lengths(lengths, capacity, window)

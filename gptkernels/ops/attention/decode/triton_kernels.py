@@ -88,7 +88,7 @@ def decode_attention_fwd_kernel(
     row = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows = row < group * tokens
     head, token = kv_head * group + row // tokens, row % tokens
-    length = tl.load(lengths_ptr + b)
+    length = tl.maximum(tl.load(lengths_ptr + b), 0)
     if not WINDOWED:
         length = tl.minimum(length, capacity)
     position = length - tokens + token
