@@ -5,14 +5,18 @@ y = gk.layer_norm(x, weight, bias)                    # the fastest backend that
 print(gk.explain(gk.layer_norm, x, weight, bias))     # which one that is, and why not the others
 """
 
-from . import hf, nn, swap
-from .dispatch import UnsupportedError, explain
-from .models import GPT, GPTConfig
-from .ops.attention import attention, decode_attention
-from .ops.layer_norm import add_layer_norm, layer_norm
-from .ops.linear_cross_entropy import linear_cross_entropy
-from .ops.mlp import mlp
-from .swap import accelerate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import hf, nn, swap
+    from .dispatch import UnsupportedError, explain
+    from .models import GPT, GPTConfig
+    from .ops.attention import attention, decode_attention
+    from .ops.layer_norm import add_layer_norm, layer_norm
+    from .ops.linear_cross_entropy import linear_cross_entropy
+    from .ops.mlp import mlp
+    from .swap import accelerate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,3 +35,33 @@ __all__ = [
     "nn",
     "swap",
 ]
+
+# Where each name lives. It is imported when it is first used, so that the command line starts without torch.
+_HOMES = {
+    "GPT": "models",
+    "GPTConfig": "models",
+    "UnsupportedError": "dispatch",
+    "accelerate": "swap",
+    "add_layer_norm": "ops.layer_norm",
+    "attention": "ops.attention",
+    "decode_attention": "ops.attention",
+    "explain": "dispatch",
+    "layer_norm": "ops.layer_norm",
+    "linear_cross_entropy": "ops.linear_cross_entropy",
+    "mlp": "ops.mlp",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in __all__:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -63,7 +63,7 @@ def load() -> ModuleType:
     return library
 
 
-@torch.compiler.assume_constant_result
+@hardware.constant_under_compile
 def missing() -> str | None:
     """Why there is no library to call, or None."""
     library = _find()
@@ -84,7 +84,7 @@ def unsupported(device: torch.device, only_arch: int | None = None) -> str | Non
     return missing()
 
 
-@torch.compiler.assume_constant_result
+@hardware.constant_under_compile
 def built_archs() -> list[str]:
     """What the library was compiled for, such as ["80", "90a"]."""
     return load().archs.split(".")

@@ -1,12 +1,24 @@
 """Facts about the devices that tensors live on, and what it takes to launch a kernel there."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 # What the simulator stands in for on CPU tensors: set by gptkernels.simulator, None outside of it.
 simulated_arch: int | None = None
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def constant_under_compile(function: F) -> F:
+    """torch.compiler.assume_constant_result, which would import all of torch._dynamo (as long as torch itself takes)
+    only to set this."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def is_simulated(device: torch.device) -> bool:
@@ -22,7 +34,7 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def arch(device: torch.device) -> int:
     """Compute capability as a number: 80, 89, 90, 100; 0 where there is none."""
     if device.type == "cuda":
@@ -38,7 +50,7 @@ def sm_count(device: torch.device) -> int:
     return 4
 
 
-@torch.compiler.assume_constant_result
+@constant_under_compile
 def triton_unsupported(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device's tensors, or None."""
     try:
