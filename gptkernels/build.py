@@ -3,7 +3,10 @@
 import sys
 from argparse import ArgumentParser, Namespace
 
+from rich.console import Console
+
 from . import cuda_build
+from .progress import Steps
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -12,7 +15,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     try:
-        path = cuda_build.build_into_cache(options.verbose)
+        with Steps(Console(), 1, "compiling") as steps:
+            path = cuda_build.build_into_cache(options.verbose, progress=steps.at)
     except cuda_build.BuildError as error:
         print(f"gptkernels build: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -11,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from . import dispatch, simulator
+from . import arguments, dispatch, simulator
+from .failures import UsageError
+from .files import write_text
 from .ops.attention import attention, decode_attention
 from .ops.attention import reference as attention_reference
 from .ops.dropout import draw_seed
@@ -26,6 +26,7 @@ from .ops.linear_cross_entropy import reference as loss_reference
 from .ops.mlp import mlp
 from .ops.mlp import reference as mlp_reference
 from .parity import assert_parity
+from .progress import Steps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTEGER_DTYPES = {"cu_seqlens": torch.int32, "lengths": torch.int32, "targets": torch.int64}
@@ -207,16 +208,16 @@ def resolve_device(name: str) -> tuple[str, torch.device]:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu" if simulator.unavailable() else "simulator"
     if name == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("gptkernels: --device cuda: torch sees no GPU (try --device simulator, or cpu)")
+        raise UsageError("--device cuda: torch sees no GPU (try --device simulator, or cpu)")
     if name == "simulator" and simulator.unavailable():
-        raise SystemExit(f"gptkernels: --device simulator: {simulator.unavailable()}")
+        raise UsageError(f"--device simulator: {simulator.unavailable()}")
     return name, torch.device("cuda" if name == "cuda" else "cpu")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--op", action="append", metavar="OP", help="only this op (may be repeated)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "simulator"))
-    parser.add_argument("--seed", type=int, help="of the random inputs; a fresh one by default")
+    parser.add_argument("--seed", type=arguments.seed, help="of the random inputs; a fresh one by default")
     parser.add_argument("--json", metavar="FILE", help="also write the results there")
     parser.add_argument(
         "--hf",
@@ -234,8 +235,7 @@ def run(options: Namespace) -> int:
         return check_model(options)
     unknown = sorted(set(options.op or ()) - set(CASES))
     if unknown:
-        print(f"gptkernels check: --op must be one of {', '.join(CASES)}, not {unknown[0]}", file=sys.stderr)
-        return 2
+        raise UsageError(f"--op must be one of {', '.join(CASES)}, not {unknown[0]}")
     device_name, device = resolve_device(options.device)
     seed = torch.seed() % 2**31 if options.seed is None else options.seed
     console = Console()
@@ -249,10 +249,12 @@ def run(options: Namespace) -> int:
     ]
     results = []
     place = simulator.use(arch=90, seed=seed) if device_name == "simulator" else nullcontext()
-    with place:
-        for index, job in enumerate(track(jobs, f"checking on {device_name}", console=console)):
+    with place, Steps(console, len(jobs), f"checking on {device_name}") as steps:
+        for index, job in enumerate(jobs):
+            steps.begin(f"{job[0]}, {job[2]}")
             torch.manual_seed(seed + index)
             results.append(check_case(*job, device))
+            steps.done()
     print_results(console, results)
     wrong = sum(result.status == "WRONG" for result in results)
     right = sum(result.status == "right" for result in results)
@@ -261,24 +263,26 @@ def run(options: Namespace) -> int:
         f"on {torch.cuda.get_device_name() if device.type == 'cuda' else device_name} (--seed {seed})"
     )
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"device": device_name, "seed": seed, "results": [asdict(r) for r in results]}, file, indent=1)
+        found = {"device": device_name, "seed": seed, "results": [asdict(r) for r in results]}
+        write_text(options.json, json.dumps(found, indent=1))
     return 1 if wrong or not right else 0
 
 
 def print_results(console: Console, results: list[Result]) -> None:
-    """One row per op, case and backend; a column per dtype with the error over the allowed error."""
-    table = Table(title="largest error over allowed error (must be at most 1)")
-    for column in ("op", "case", "backend"):
-        table.add_column(column)
-    for dtype in DTYPES:
-        table.add_column(dtype, justify="right")
-    rows: dict[tuple, dict[str, Result]] = {}
+    """A table per op, a row per case and backend, a column per dtype with the error over the allowed error."""
+    console.print("largest error over allowed error (must be at most 1):")
+    rows: dict[str, dict[tuple, dict[str, Result]]] = {}
     for result in results:
-        rows.setdefault((result.op, result.case, result.backend), {})[result.dtype] = result
-    for key, cells in rows.items():
-        table.add_row(*key, *(cell(result) for result in cells.values()))
-    console.print(table)
+        rows.setdefault(result.op, {}).setdefault((result.case, result.backend), {})[result.dtype] = result
+    for op, cases in rows.items():
+        table = Table(box=None)
+        table.add_column(op, overflow="fold")
+        table.add_column("backend", no_wrap=True)
+        for dtype in DTYPES:
+            table.add_column(dtype, justify="right", no_wrap=True)
+        for key, found in cases.items():
+            table.add_row(*key, *(cell(result) for result in found.values()))
+        console.print(table)
     for result in results:
         if result.status == "WRONG":
             console.print(f"[red]{result.op} ({result.case}, {result.backend}, {result.dtype}): {result.detail}")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_version(nvcc: str) -> str:
-    match = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    try:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace").stdout
+    except OSError as error:
+        raise BuildError(f"{nvcc} cannot be run: {error.strerror}") from None
+    match = re.search(r"release (\d+\.\d+)", told)
     if not match:
         raise BuildError(f"{nvcc} --version did not name a release")
     return match.group(1)
@@ -108,8 +113,11 @@ def ninja_file(output: Path, nvcc: str) -> str:
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])
 
 
-def build(output: Path, work_directory: Path, verbose: bool = False) -> Path:
-    """Compiles the library to `output`; objects stay in `work_directory`, so that the next build is incremental."""
+def build(
+    output: Path, work_directory: Path, verbose: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Compiles the library to `output`; objects stay in `work_directory`, so that the next build is incremental.
+    progress: called with the files compiled so far and their number."""
     nvcc = find_nvcc()
     if not nvcc:
         raise BuildError(
@@ -123,14 +131,18 @@ def build(output: Path, work_directory: Path, verbose: bool = False) -> Path:
     work_directory.mkdir(parents=True, exist_ok=True)
     temporary = work_directory / "_cuda.so"
     (work_directory / "build.ninja").write_text(ninja_file(temporary, nvcc))
-    result = subprocess.run(
-        [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(job_count()), "-C", str(work_directory)],
-        stdout=None if verbose else subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if result.returncode:
-        raise BuildError(f"compiling failed:\n{(result.stdout or '')[-4000:]}")
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(job_count()), "-C", str(work_directory)]
+    said = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            said.append(line)
+            if verbose:
+                print(line, end="", flush=True)
+            step = re.match(r"\[(\d+)/(\d+)\]", line)
+            if step and progress:
+                progress(int(step.group(1)), int(step.group(2)))
+    if process.returncode:
+        raise BuildError(f"compiling failed:\n{''.join(said)[-4000:]}")
     # Copied beside its goal and renamed: whoever loads the library sees the old one or the new one, never half of one.
     staged = output.with_name(f"{output.name}.{os.getpid()}")
     shutil.copy2(temporary, staged)
@@ -186,17 +198,24 @@ def locked(path: Path, timeout_s: float = LOCK_TIMEOUT_S):
         yield
 
 
-def build_into_cache(verbose: bool = False, lock_timeout_s: float = LOCK_TIMEOUT_S) -> Path:
+def build_into_cache(
+    verbose: bool = False,
+    lock_timeout_s: float = LOCK_TIMEOUT_S,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Builds the library for this user, keyed by source, Python, toolkit and archs; returns its path."""
     nvcc = find_nvcc()
     toolkit = f"cuda{toolkit_version(nvcc)}-{'-'.join(archs())}" if nvcc else "none"
     root = cache_root()
     for folder in (root, root / "libraries", root / "objects"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise BuildError(f"{folder} cannot be made ({error.strerror}); GPTKERNELS_CACHE names another") from None
         check_private(folder)
     with locked(root / "lock", lock_timeout_s):
         target = root / "libraries" / f"{source_hash()}-{sys.implementation.cache_tag}-{toolkit}"
         objects = root / "objects" / f"{sys.implementation.cache_tag}-{toolkit}"
         target.mkdir(mode=0o700, exist_ok=True)
         check_private(target)
-        return build(target / "_cuda.so", objects, verbose)
+        return build(target / "_cuda.so", objects, verbose, progress)

@@ -15,6 +15,8 @@ from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mlp import mlp
 
+AVAILABLE = "available"
+
 
 def module_version(name: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
@@ -50,15 +52,16 @@ def gpu_facts(index: int) -> dict:
 
 def samples(device: torch.device) -> dict:
     """A small ordinary call of each op: (op, arguments)."""
-    x, weight = torch.zeros(2, 64, device=device, dtype=torch.bfloat16), torch.zeros(64, device=device)
+    x, weight = torch.zeros(128, 64, device=device, dtype=torch.bfloat16), torch.zeros(64, device=device)
+    fc_weight, proj_weight = x.new_zeros(256, 64), x.new_zeros(64, 256)
     q = torch.zeros(1, 2, 16, 64, device=device, dtype=torch.bfloat16)
     return {
         "layer_norm": (layer_norm, (x, weight)),
         "add_layer_norm": (add_layer_norm, (x, x, weight)),
         "attention": (attention, (q, q, q)),
         "decode_attention": (decode_attention, (q, q, q, torch.full((1,), 16, dtype=torch.int32, device=device))),
-        "mlp": (mlp, (x, x, None, torch.zeros(64, 2, device=device, dtype=torch.bfloat16), None)),
-        "linear_cross_entropy": (linear_cross_entropy, (x, x, torch.zeros(2, dtype=torch.int64, device=device))),
+        "mlp": (mlp, (x, fc_weight, None, proj_weight, None)),
+        "linear_cross_entropy": (linear_cross_entropy, (x, x, torch.zeros(128, dtype=torch.int64, device=device))),
     }
 
 
@@ -68,7 +71,7 @@ def backends(device: torch.device) -> dict[str, dict[str, str]]:
     for name, (op, arguments) in samples(device).items():
         choices = {backend: dispatch.explain(op, *arguments, backend=backend) for backend in dispatch.BACKENDS}
         found[name] = {
-            backend: "available" if choice.backend else choice.reasons[backend] for backend, choice in choices.items()
+            backend: AVAILABLE if choice.backend else choice.reasons[backend] for backend, choice in choices.items()
         }
     return found
 
@@ -92,6 +95,18 @@ def gather() -> dict:
     }
 
 
+def print_backends(console: Console, ops: dict[str, dict[str, str]]) -> None:
+    """A table of marks, and each reason once, below it."""
+    reasons = dict.fromkeys(reason for found in ops.values() for reason in found.values() if reason != AVAILABLE)
+    numbers = {reason: number for number, reason in enumerate(reasons, 1)}
+    table = Table("op", *dispatch.BACKENDS, box=None)
+    for op, found in ops.items():
+        table.add_row(op, *("[green]yes" if r == AVAILABLE else f"no ({numbers[r]})" for r in found.values()))
+    console.print(table)
+    for reason, number in numbers.items():
+        console.print(f"({number}) {reason}", highlight=False, markup=False)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
@@ -110,10 +125,7 @@ def run(options: Namespace) -> int:
         if name != "ops":
             table.add_row(name.replace("_", " "), str(value or "not found"))
     console.print(table)
-    ops = Table("op", *dispatch.BACKENDS, title="backends")
-    for op, reasons in facts["ops"].items():
-        ops.add_row(op, *(f"[green]{r}" if r == "available" else f"[dim]{r}" for r in reasons.values()))
-    console.print(ops)
+    print_backends(console, facts["ops"])
     if not facts["nvcc"] and cuda_library.missing():
         console.print(
             "For the CUDA backend: install the CUDA toolkit (nvcc), then run: gptkernels build", soft_wrap=True

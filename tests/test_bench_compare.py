@@ -7,6 +7,7 @@ import pytest
 
 from gptkernels import cli
 from gptkernels.bench import schema
+from gptkernels.bench.compare import compare as compare_documents
 from gptkernels.bench.compare import judge
 
 ROUNDS, PER_ROUND = 5, 6
@@ -90,6 +91,43 @@ def test_the_command(tmp_path, capsys):
     assert "1 BROKEN" in capsys.readouterr().out
     skipped = full("gone", {"samples_us": [], "rounds": []}, status="skipped", median_us=None)
     assert compare(tmp_path, before, [same, skipped]) == 0
+
+
+def test_a_file_is_the_same_as_itself(tmp_path, capsys):
+    generator = np.random.default_rng(5)
+    rows = [full(f"row {i}", row(generator, noise=0.3, drift=0.2, outliers=0.1)) for i in range(30)]
+    rows.append(full("few", {"samples_us": [1.0, 2.0], "rounds": [2], "status": "ok"}))
+    assert compare(tmp_path, rows, rows) == 0
+    assert capsys.readouterr().out == "31 SAME\n"
+
+
+@pytest.mark.parametrize("known_by", ["ceilings", "others"])
+def test_a_slower_machine_is_no_slower_kernel(known_by, tmp_path, capsys):
+    """Everything took 1.5 times as long, and one kernel twice that."""
+    generator = np.random.default_rng(6)
+    before = [full(f"row {i}", row(generator), kind="ours") for i in range(20)]
+    slow = [full(f"row {i}", row(generator, 150.0), kind="ours", median_us=150.0) for i in range(19)]
+    slow.append(full("row 19", row(generator, 300.0), kind="ours", median_us=300.0))
+    documents = [document(before), document(slow)]
+    if known_by == "ceilings":
+        for one, rate in zip(documents, (3.0, 2.0), strict=True):
+            one["ceilings"] = {"gemm_tflops": {"": rate}, "copy_gbps": 100.0}
+    else:
+        for one, median in zip(documents, (100.0, 150.0), strict=True):
+            labels = [row["label"] for row in one["cases"]]
+            one["cases"] += [
+                full(label, row(generator, median), contender="naive", kind="peer", median_us=median)
+                for label in labels
+            ]
+    verdicts = {(found["label"], found["kind"]): one.name for found, one in compare_documents(*documents)}
+    assert verdicts["row 19", "ours"] == "SLOWER"
+    assert {verdicts[f"row {i}", "ours"] for i in range(19)} == {"AMBIGUOUS"}
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, one in zip(paths, documents, strict=True):
+        path.write_text(json.dumps(one))
+    cli.main(["compare", *map(str, paths)])
+    said = "the machine itself: a large matrix product in  took 1.50 times as long" in capsys.readouterr().out
+    assert said == (known_by == "ceilings")
 
 
 def test_what_cannot_be_compared(tmp_path, capsys):

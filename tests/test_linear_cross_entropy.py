@@ -272,7 +272,7 @@ def test_targets_out_of_range(anywhere, backend):
         targets[2] = wrong
         with mock.patch.dict(os.environ, {"GPTKERNELS_CHECKED": "1"}), pytest.raises(ValueError, match=f"not {wrong}"):
             gk.linear_cross_entropy(**tensors, targets=targets, backend=backend)
-        with mock.patch("gptkernels.ops.linear_cross_entropy.op.check_range"):
+        with mock.patch("gptkernels.ops.linear_cross_entropy.chunks.check_range"):
             losses = gk.linear_cross_entropy(**tensors, targets=targets, reduction="none", backend=backend)
         assert losses.isnan().tolist() == [row == 2 for row in range(6)]
 

@@ -1,21 +1,25 @@
 """Training learns, as the plain model does, and goes on to the bit from wherever it was stopped or killed."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from gptkernels import cli
 from gptkernels.models import GPT, GPTConfig, checkpoint, cost
 from gptkernels.models.data import MaskedText, Text, Tokenizer, read_tokens
 from gptkernels.models.plain import plain_twin
-from gptkernels.models.training import NoiseScale, Trainer, TrainOptions
+from gptkernels.models.training import DivergedError, NoiseScale, Trainer, TrainOptions
 
 SMALL = GPTConfig(vocabulary=64, context=32, layers=2, width=64, heads=4, pattern=("dense", "banded"), window=8)
 OPTIONS = TrainOptions(steps=10, batch=8, learning_rate=3e-3, warmup=5, log_every=1)
@@ -82,10 +86,11 @@ def test_resumes_to_the_bit(tmp_path):
 
 
 def train_arguments(tmp_path, *more):
+    model = () if "--init-from" in more else ("--model", "tiny")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
     return [
-        *("train", "--model", "tiny", "--context", "32", "--data", str(text), "--batch", "2", "--warmup", "2"),
+        *("train", *model, "--context", "32", "--data", str(text), "--batch", "2", "--warmup", "2"),
         *("--log-every", "1", "--evaluate-every", "0", "--dropout", "0.1", "--device", "cpu", *more),
     ]
 
@@ -126,14 +131,138 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     path = tmp_path / checkpoint.NAME
     checkpoint.save(path, {"step": 1})
 
-    def torn(state, file):
-        file.write(b"half of it")
-        raise KeyboardInterrupt
+    def torn(failure, tensors, staged, metadata):
+        Path(staged).write_bytes(b"half of it")
+        raise failure
 
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(path, {"step": 2})
-    assert checkpoint.load(tmp_path)["step"] == 1
+    full = safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    for failure, seen in ((KeyboardInterrupt(), KeyboardInterrupt), (full, OSError)):
+        monkeypatch.setattr(safetensors.torch, "save_file", partial(torn, failure))
+        with pytest.raises(seen):
+            checkpoint.save(path, {"step": 2})
+        assert [file.name for file in tmp_path.iterdir()] == [checkpoint.NAME]
+        assert checkpoint.load(tmp_path)["step"] == 1
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
+    trainer = Trainer(model(), counting_text(), replace(OPTIONS, steps=1), out=tmp_path)
+    list(trainer.train())
+    path = tmp_path / checkpoint.NAME
+    whole = path.read_bytes()
+    checkpoint.load(path)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = np.random.default_rng(0)
+    # In the header, whose every byte counts, and in the tensors.
+    places = [*generator.integers(0, header, 40), *generator.integers(header, len(whole), 20)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << generator.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))) as seen:
+            checkpoint.load(path)
+        if place >= header:
+            assert re.search(r"is damaged: the tensor (model|optimizer)\.\S+ is not", str(seen.value))
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        checkpoint.load(path)
+
+
+def test_checkpoints_keep_everything(tmp_path):
+    state = {
+        "model": {"a.b": torch.randn(3, 5).bfloat16(), "c": torch.tensor(2.5)},
+        "optimizer": {
+            "state": {"a.b": {"step": torch.tensor(7.0), "exp_avg": torch.randn(3, 5).mT}},
+            "param_groups": [{"params": ["a.b"], "lr": 1e-3, "betas": [0.9, 0.95], "fused": True, "foreach": None}],
+        },
+        "step": 3,
+        "options": {"learning_rate": 0.1 + 0.2},
+    }
+    checkpoint.save(tmp_path / checkpoint.NAME, state)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded["options"] == state["options"]
+    assert loaded["optimizer"]["param_groups"] == state["optimizer"]["param_groups"]
+    for name, x in state["model"].items():
+        torch.testing.assert_close(loaded["model"][name], x, rtol=0, atol=0)
+    for name, x in state["optimizer"]["state"]["a.b"].items():
+        torch.testing.assert_close(loaded["optimizer"]["state"]["a.b"][name], x, rtol=0, atol=0)
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, "--steps", "40", "--checkpoint-every", "4", "--log-every", "20")
+    out = tmp_path / "wild"
+    assert cli.main([*arguments, "--clip", "0", "--learning-rate", "1e18", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    step = int(re.search(r"the loss was not finite any more at step (\d+);", error).group(1))
+    if (out / checkpoint.NAME).exists():
+        state = checkpoint.load(out)
+        assert state["step"] < step
+        assert all(x.isfinite().all() for x in state["model"].values())
+        assert f"the checkpoint of step {state['step']} is in {out}" in error
+    else:
+        assert step <= 4
+        assert "no checkpoint was written yet" in error
+
+
+def test_divergence_is_seen_at_its_step():
+    trainer = Trainer(model(), counting_text(), replace(OPTIONS, steps=20, log_every=10))
+    steps = trainer.train()
+    next(steps)
+    trainer.one_step()
+    with torch.no_grad():
+        next(trainer.gpt.parameters()).fill_(torch.nan)
+    with pytest.raises(DivergedError, match=r"at step 11$"):
+        next(steps)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    out = tmp_path / "run"
+    arguments = train_arguments(tmp_path, "--steps", "100000", "--warmup", "0", "--out", str(out))
+    process = subprocess.Popen([sys.executable, "-m", "gptkernels", *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while progress(out) < 5 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    step = checkpoint.load(out)["step"]
+    assert f"stopped after step {step}; the checkpoint of step {step} is in {out}, --resume goes on from it" in error
+    assert step >= 5
+    # What the log says of later steps, here none, would be forgotten.
+    assert progress(out) == step
+
+
+RESUMED = [
+    (["--model", "gpt2"], "--model must be what the checkpoint was trained with, tiny, not gpt2"),
+    (["--context", "16"], "--context must be what the checkpoint was trained with, 32, not 16"),
+    (["--window", "5"], "--window must be what the checkpoint was trained with, 32, not 5"),
+    (["--dropout", "0.5"], "--dropout must be what the checkpoint was trained with, 0.1, not 0.5"),
+    (["--batch", "4"], "--batch must be what the checkpoint was trained with, 2, not 4"),
+    (["--seed", "1"], "--seed must be what the checkpoint was trained with, 0, not 1"),
+    (["--learning-rate", "0.5"], "--learning-rate must be what the checkpoint was trained with, 0.0003, not 0.5"),
+    (["--dtype", "bfloat16"], "--dtype must be what the checkpoint was trained with, float32, not bfloat16"),
+    (["--init-from", "hf:x"], "--init-from must be what the checkpoint was trained with, nothing, not hf:x"),
+    (["--task", "entailment"], "--task must be what the checkpoint was trained with, nothing, not entailment"),
+    (["--tokenizer", "tokenizer.json"], "tokenizer.json"),
+]
+
+
+def test_resume_refuses_another_run(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, "--steps", "2", "--out", str(tmp_path / "run"))
+    assert cli.main(arguments) == 0
+    for more, message in RESUMED:
+        assert cli.main([*arguments, "--resume", *more]) in (1, 2)
+        assert message in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text("another text, of another length. " * 90)
+    assert cli.main([*arguments, "--resume", "--data", str(tmp_path / "other.txt")]) == 2
+    assert (
+        "--data must be what the checkpoint was trained with, 8100 tokens, not 2673 tokens" in capsys.readouterr().err
+    )
+    # Whatever is not said is as it was.
+    short = ["train", "--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--resume", "--steps", "3"]
+    assert cli.main([*short, "--device", "cpu"]) == 0
+    assert "goes on after step 2" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "run")["options"]["batch"] == 2
 
 
 def test_learning_rate():
@@ -221,8 +350,8 @@ def test_two_processes_train_as_one(kind, tmp_path):
 
 
 def test_parallel_needs_torchrun(tmp_path, capsys):
-    assert cli.main(train_arguments(tmp_path, "--parallel", "ddp")) == 1
-    assert "needs torchrun" in capsys.readouterr().out
+    assert cli.main(train_arguments(tmp_path, "--parallel", "ddp")) == 2
+    assert "needs torchrun" in capsys.readouterr().err
 
 
 def test_from_the_command_line_to_text(tmp_path, capsys):
@@ -230,8 +359,8 @@ def test_from_the_command_line_to_text(tmp_path, capsys):
     arguments = train_arguments(tmp_path, "--learning-rate", "3e-3", "--out", str(tmp_path / "run"))
     evaluate = ["--evaluate-every", "20", "--checkpoint-every", "10"]
     assert cli.main([*arguments, *evaluate, "--steps", "40"]) == 0
-    assert cli.main([*arguments, "--steps", "40"]) == 1
-    assert "has a checkpoint" in capsys.readouterr().out
+    assert cli.main([*arguments, "--steps", "40"]) == 2
+    assert "has a checkpoint" in capsys.readouterr().err
     assert cli.main([*arguments, *evaluate, "--steps", "120", "--resume"]) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 121))
@@ -240,7 +369,7 @@ def test_from_the_command_line_to_text(tmp_path, capsys):
     generate = ["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "the quick", "--temperature", "0"]
     assert cli.main([*generate, "--tokens", "16"]) == 0
     assert capsys.readouterr().out == "the quick brown fox jumps\n"
-    assert cli.main([*generate[:-4], "--prompt", "x" * 40]) == 1
+    assert cli.main([*generate[:-4], "--prompt", "x" * 40]) == 2
     assert "--prompt must be shorter than the context of 32" in capsys.readouterr().err
 
 
@@ -275,7 +404,7 @@ def test_tokenizer_json_and_bin(tmp_path, capsys):
     assert np.array_equal(read_tokens(tmp_path / "text.bin", None), tokens)
     binary = ["--data", str(tmp_path / "text.bin"), "--steps", "2", "--out", str(tmp_path / "bin")]
     assert cli.main([*train_arguments(tmp_path), *binary]) == 0
-    assert cli.main(["generate", "--checkpoint", str(tmp_path / "bin"), "--prompt", "the"]) == 1
+    assert cli.main(["generate", "--checkpoint", str(tmp_path / "bin"), "--prompt", "the"]) == 2
     assert "--tokenizer must name" in capsys.readouterr().err
 
 
@@ -285,7 +414,10 @@ def test_fine_tunes_weights_of_transformers(tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(tmp_path / "tuned")]) == 0
     tuned, state = checkpoint.load_model(tmp_path / "tuned")
     assert (tuned.config.width, state["step"]) == (64, 3)
-    assert cli.main([*train_arguments(tmp_path, "--steps", "3"), "--init-from", str(tmp_path / "tuned")]) == 0
+    again = train_arguments(tmp_path, "--steps", "3", "--init-from", str(tmp_path / "tuned"))
+    assert cli.main(again) == 0
+    assert cli.main([*again, "--context", "33"]) == 2
+    assert "--context must be at most the 32 positions of" in capsys.readouterr().err
 
 
 def test_masked_text():
@@ -337,17 +469,16 @@ def test_characters_of_several_bytes_come_whole():
     ("arguments", "message"),
     [
         (["--batch", "3", "--micro-batch", "2"], "micro_batch must divide"),
-        (["--steps", "0"], "steps must be at least 1"),
-        (["--learning-rate", "-1"], "learning_rate must be above 0"),
-        (["--resume"], "--resume needs --out"),
         (["--context", "20000"], "the text must have more than the 20000"),
-        (["--init-from", "hf:/nowhere"], "no folder"),
+        (["--data", "/nowhere.txt"], "/nowhere.txt: No such file or directory"),
+        (["--data", "/"], "/: Is a directory"),
+        (["--tokenizer", "/nowhere.json"], "/nowhere.json: No such file"),
         (["--init-from", "/nowhere"], "no checkpoint"),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert cli.main(train_arguments(tmp_path, *arguments)) == 1
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
 
 
 def test_bad_data(tmp_path):
@@ -356,7 +487,7 @@ def test_bad_data(tmp_path):
         read_tokens(tmp_path / "odd.bin", None)
     with pytest.raises(ValueError, match="below the vocabulary of 50, not"):
         replace(counting_text(), vocabulary=50).batch(0, 100, 0)
-    (tmp_path / "checkpoint.pt").write_bytes(b"abc")
+    (tmp_path / checkpoint.NAME).write_bytes(b"abc")
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         checkpoint.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..failures import UsageError
 from ..ops.attention import attention, decode_attention
 from ..ops.attention import reference as attention_reference
 from ..ops.layer_norm import add_layer_norm, layer_norm
@@ -85,15 +86,15 @@ class Case:
         spec = OPS[op]
         unknown = sorted(set(shape) - set(spec.shape))
         if unknown:
-            raise ValueError(f"--shape {unknown[0]} means nothing to {op}, whose dimensions are: {spec.about}")
+            raise UsageError(f"--shape {unknown[0]} means nothing to {op}, whose dimensions are: {spec.about}")
         full = {**spec.shape, **shape}
         for name, size in full.items():
             if size < (0 if name in "GWF" else 1):
-                raise ValueError(f"--shape must have a {name} of at least 1, not {size}")
+                raise UsageError(f"--shape must have a {name} of at least 1, not {size}")
         if "G" in full:
             full["G"] = full["G"] or full["H"]
             if full["H"] % full["G"]:
-                raise ValueError(f"--shape must have a G that divides H={full['H']}, not {full['G']}")
+                raise UsageError(f"--shape must have a G that divides H={full['H']}, not {full['G']}")
         if "F" in full:
             full["F"] = full["F"] or 4 * full["N"]
         if full.get("W", 0) >= full.get("T", 1):
@@ -222,6 +223,6 @@ def parse_shape(text: str) -> dict[str, int]:
     for part in re.split(r"[,\s]+", text.strip()):
         match = re.fullmatch(r"([A-Z])=?(\d+)", part)
         if not match:
-            raise ValueError(f"--shape must look like B2,H16,T8192,D128, not {text!r}")
+            raise UsageError(f"--shape must look like B2,H16,T8192,D128, not {text!r}")
         found[match[1]] = int(match[2])
     return found

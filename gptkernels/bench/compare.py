@@ -2,22 +2,30 @@
 
 The interval is a bootstrap of the ratio of medians, resampling the rounds of turns and then the samples in each, so
 that a drift between rounds counts as the noise it is. FASTER and SLOWER: the whole interval is beyond the smallest
-change that matters; SAME: all of it is within; AMBIGUOUS: it crosses over, or there are too few samples to say.
+change that matters; SAME: all of it is within, or it holds 1 and the ratio itself is within; AMBIGUOUS: anything else,
+or too few samples to say.
+
+A machine that others use as well is slower at times, and so is everything on it. How much is known from the ceilings
+that each run measured, and from whatever else than our kernels took turns in the same case: a kernel is SLOWER only if
+it is beyond all of these as well.
 """
 
 import json
-import sys
+import math
+import statistics
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..failures import UsageError
 from . import schema
-from .report import duration
+from .report import MEMORY_BOUND, duration
 
 MATTERS = 0.03
 CONFIDENCE = 0.999  # there are hundreds of cases, and none should be called slower by chance
@@ -34,6 +42,17 @@ class Verdict:
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How much slower the machine itself may have become, at least and at most: ratios of times, B over A"""
+
+    low: float = 1.0
+    high: float = 1.0
+
+
+STEADY = Drift()
 
 
 def rounds_of(row: dict) -> list[np.ndarray]:
@@ -55,35 +74,62 @@ def resampled_medians(rounds: list[np.ndarray], generator: np.random.Generator) 
     return np.median(grid[which, inside].reshape(RESAMPLES, -1), axis=1)
 
 
-def judge(before: dict, after: dict, matters: float = MATTERS) -> Verdict:
+def judge(before: dict, after: dict, matters: float = MATTERS, drift: Drift = STEADY) -> Verdict:
     """Of two rows with status ok"""
     parts = [rounds_of(row) for row in (before, after)]
     ratio = float(np.median(after["samples_us"]) / np.median(before["samples_us"]))
+    if before["samples_us"] == after["samples_us"]:
+        return Verdict("SAME", 1.0, 1.0, 1.0)
     if any(len(part) < FEWEST_ROUNDS or sum(map(len, part)) < FEWEST_SAMPLES for part in parts):
         return Verdict("AMBIGUOUS", ratio)
     generator = np.random.default_rng(0)
     medians = [resampled_medians(part, generator) for part in parts]
     tail = (1 - CONFIDENCE) / 2
     low, high = (float(bound) for bound in np.quantile(medians[1] / medians[0], [tail, 1 - tail]))
-    if low > 1 + matters:
+    smallest, largest = 1 / (1 + matters), 1 + matters
+    if low > largest * drift.high:
         name = "SLOWER"
-    elif high < 1 / (1 + matters):
+    elif high < smallest * drift.low:
         name = "FASTER"
-    elif low >= 1 / (1 + matters) and high <= 1 + matters:
+    elif (smallest <= low and high <= largest) or (low <= 1 <= high and smallest <= ratio <= largest):
         name = "SAME"
     else:
         name = "AMBIGUOUS"
     return Verdict(name, ratio, low, high)
 
 
+def ceiling_drifts(before: dict, after: dict) -> dict[str, float]:
+    """Of what each run measured of its device at the start: by dtype of a large matrix product, and of a copy"""
+    rates = [
+        {**document["ceilings"].get("gemm_tflops", {}), "copy": document["ceilings"].get("copy_gbps")}
+        for document in (before, after)
+    ]
+    return {name: rate / rates[1][name] for name, rate in rates[0].items() if rate and rates[1].get(name)}
+
+
+def drift_of(row: dict, ceilings: dict[str, float], others: dict[tuple, list[float]]) -> Drift:
+    """others: ratios of times of what is not ours, by case"""
+    ceiling = ceilings.get("copy" if row["op"] in MEMORY_BOUND else row["dtype"], 1.0)
+    beside = others.get(key_of(row)[:-1], []) if row["kind"] == "ours" else []
+    ratios = [1.0, ceiling, *([statistics.median(beside)] if beside else [])]
+    return Drift(min(ratios), max(ratios))
+
+
 def compare(before: dict, after: dict, matters: float = MATTERS) -> Iterator[tuple[dict, Verdict]]:
     """-> rows of `after` with a verdict; BROKEN: timed before, and now not ok. Rows that only one has are left out."""
     known = {key_of(row): row for row in before["cases"] if row["status"] == "ok"}
+    ceilings = ceiling_drifts(before, after)
+    others: dict[tuple, list[float]] = {}
+    for row in after["cases"]:
+        old = known.get(key_of(row))
+        if row["kind"] != "ours" and row["status"] == "ok" and old is not None:
+            others.setdefault(key_of(row)[:-1], []).append(row["median_us"] / old["median_us"])
     for row in after["cases"]:
         old = known.get(key_of(row))
         if old is None or row["status"] == "skipped":
             continue
-        yield row, judge(old, row, matters) if row["status"] == "ok" else Verdict("BROKEN")
+        drift = drift_of(row, ceilings, others)
+        yield row, judge(old, row, matters, drift) if row["status"] == "ok" else Verdict("BROKEN")
 
 
 def key_of(row: dict) -> tuple:
@@ -91,14 +137,14 @@ def key_of(row: dict) -> tuple:
 
 
 def read(path: str) -> dict:
-    """ValueError where it is not a document of this version."""
+    """UsageError where it is not a document of this version."""
     try:
         document = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
     wrong = schema.problems(document)
     if wrong:
-        raise ValueError(f"{path} is no result of gptkernels bench: {wrong[0]}")
+        raise UsageError(f"{path} is no result of gptkernels bench: {wrong[0]}")
     return document
 
 
@@ -113,41 +159,46 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Returns 1 if anything is SLOWER or BROKEN, 2 if the files cannot be compared."""
-    try:
-        before, after = read(options.before), read(options.after)
-    except ValueError as error:
-        print(f"gptkernels compare: {error}", file=sys.stderr)
-        return 2
+    before, after = read(options.before), read(options.after)
     console = Console()
     for name in ("device", "versions"):
         for key in before[name]:
             if before[name][key] != after[name].get(key):
                 console.print(f"[yellow]{key}: {before[name][key]} before, {after[name].get(key)} after")
+    for name, drift in ceiling_drifts(before, after).items():
+        if abs(math.log(drift)) > math.log(1 + options.matters / 100):
+            what = "a copy" if name == "copy" else f"a large matrix product in {name}"
+            console.print(
+                f"[yellow]the machine itself: {what} took {drift:.2f} times as long in {options.after} as in "
+                f"{options.before}; SLOWER and FASTER are what goes beyond that",
+                soft_wrap=True,
+                highlight=False,
+            )
     found = list(compare(before, after, options.matters / 100))
     if not found:
-        print("gptkernels compare: the two have no case in common", file=sys.stderr)
-        return 2
-    table = Table("op", "shape", "pass", "contender")
-    for column in ("before", "after", "ratio", "interval", ""):
-        table.add_column(column, justify="right", no_wrap=True)
+        raise UsageError("the two have no case in common")
     known = {key_of(row): row for row in before["cases"]}
-    for row, verdict in found:
-        if verdict.name != "SAME" or options.all:
-            interval = "" if verdict.low is None else f"{verdict.low:.3f} - {verdict.high:.3f}"
-            ratio = "" if verdict.ratio is None else f"{verdict.ratio:.3f}"
-            table.add_row(
-                row["op"],
-                f"{row['label']} {row['dtype']}",
-                row["pass"],
-                row["contender"],
-                duration(known[key_of(row)]["median_us"]),
-                duration(row["median_us"]) or row["status"],
-                ratio,
-                interval,
-                f"[{COLOURS[verdict.name]}]{verdict.name}",
-            )
-    if table.row_count:
+    shown = [(row, verdict) for row, verdict in found if verdict.name != "SAME" or options.all]
+    for (op, label, dtype), rows in groupby(shown, lambda pair: key_of(pair[0])[:3]):
+        table = Table(title=f"{op} {label}, {dtype}", title_justify="left", box=None)
+        for column in ("pass", "contender", "before", "after", "ratio", "interval", ""):
+            numeric = column in ("before", "after", "ratio", "interval")
+            table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
+        for row, verdict in rows:
+            table.add_row(*cells(known[key_of(row)], row, verdict))
         console.print(table)
     names = [verdict.name for _, verdict in found]
     console.print(", ".join(f"{names.count(name)} {name}" for name in COLOURS if name in names))
     return int("SLOWER" in names or "BROKEN" in names)
+
+
+def cells(before: dict, after: dict, verdict: Verdict) -> list[str]:
+    return [
+        after["pass"],
+        after["contender"],
+        duration(before["median_us"]),
+        duration(after["median_us"]) or after["status"],
+        "" if verdict.ratio is None else f"{verdict.ratio:.3f}",
+        "" if verdict.low is None else f"{verdict.low:.3f} - {verdict.high:.3f}",
+        f"[{COLOURS[verdict.name]}]{verdict.name}",
+    ]

@@ -74,14 +74,17 @@ def expected_seconds(case: Case, contenders: list[Contender], device_type: str) 
 
 
 def print_plan(console: Console, plan: list[tuple[Case, list[Contender]]], device: torch.device) -> None:
-    table = Table("op", "shape", "dtype", "pass", "contenders", title="what would be measured")
-    table.add_column("expected", justify="right")
+    table = Table(box=None)
+    for column in ("case", "passes", "contenders"):
+        table.add_column(column, overflow="fold")
+    table.add_column("expected", justify="right", no_wrap=True)
     total = 0.0
     for case, contenders in plan:
         seconds = expected_seconds(case, contenders, device.type)
         total += seconds
         names = ", ".join(contender.name for contender in contenders)
-        table.add_row(case.op, case.label, case.dtype, " ".join(case.passes), names, f"{seconds:.0f} s")
+        shape = f"{case.op} {case.label}, {case.dtype}"
+        table.add_row(shape, " ".join(case.passes), names, f"{seconds:.0f} s")
     console.print(table)
     console.print(f"{len(plan)} cases on {device.type}, about {total:.0f} s")
 

@@ -3,7 +3,6 @@
 import datetime
 import gc
 import json
-import os
 import random
 import sys
 import time
@@ -12,10 +11,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
-from .. import dispatch, parity
+from .. import arguments, dispatch, parity
+from ..arguments import number
 from ..check import resolve_device
+from ..failures import UsageError, is_out_of_memory
+from ..files import write_text
+from ..progress import Steps
 from . import measure, peers, report, schema, suites, telemetry, truth
 from .cases import DTYPES, OPS, PASSES, Case, parse_shape
 
@@ -39,9 +41,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="(may be repeated)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--peers", metavar="LIST", help=f"none, all, or a list of: {', '.join(peer_names())}")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    parser.add_argument("--seconds", type=float, help="of samples per contender and pass")
-    parser.add_argument("--budget-s", type=float, help="begin nothing new after this many seconds")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the random inputs")
+    parser.add_argument("--seconds", type=number(above=0), help="of samples per contender and pass")
+    parser.add_argument("--budget-s", type=number(at_least=0), help="begin nothing new after this many seconds")
     parser.add_argument("--json", metavar="FILE", help="write everything there, after every case")
     parser.add_argument("--resume", action="store_true", help="keep what the --json file has, and do the rest")
     parser.add_argument("--plot", metavar="DIR", help="draw the pictures there")
@@ -54,11 +56,7 @@ def peer_names() -> list[str]:
 
 def run(options: Namespace) -> int:
     """Returns 1 if any of our own results was wrong or failed, 3 if the GPU's context was lost on the way."""
-    try:
-        device, cases, chosen_peers = selection(options)
-    except ValueError as error:
-        print(f"gptkernels bench: {error}", file=sys.stderr)
-        return 2
+    device, cases, chosen_peers = selection(options)
     plan = [(case, peers.chosen(case, device, tuple(options.backend or ()), chosen_peers)) for case in cases]
     console = Console()
     if options.dry_run:
@@ -84,7 +82,7 @@ def run(options: Namespace) -> int:
 
 
 def selection(options: Namespace) -> tuple[torch.device, list[Case], tuple[str, ...] | None]:
-    """What the options ask for; ValueError where they make no sense."""
+    """What the options ask for; UsageError where they make no sense."""
     name = options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,18 +91,18 @@ def selection(options: Namespace) -> tuple[torch.device, list[Case], tuple[str, 
     ops = options.op or list(OPS)
     for op in ops:
         if op not in OPS:
-            raise ValueError(f"--op must be one of {', '.join(OPS)}, not {op}")
+            raise UsageError(f"--op must be one of {', '.join(OPS)}, not {op}")
     passes = tuple(options.passes.split(",")) if options.passes else ()
     for which in passes:
         if which not in PASSES:
-            raise ValueError(f"--pass must be of {', '.join(PASSES)}, not {which!r}")
+            raise UsageError(f"--pass must be of {', '.join(PASSES)}, not {which!r}")
     chosen_peers = None
     if options.peers:
         chosen_peers = tuple(peer_names()) if options.peers == "all" else tuple(options.peers.split(","))
         chosen_peers = () if options.peers == "none" else chosen_peers
         for peer in chosen_peers:
             if peer not in peer_names():
-                raise ValueError(f"--peers must be none, all or of {', '.join(peer_names())}, not {peer!r}")
+                raise UsageError(f"--peers must be none, all or of {', '.join(peer_names())}, not {peer!r}")
     dtypes = tuple(options.dtype or ())
     if options.shape:
         usual = "bfloat16" if device.type == "cuda" else "float32"
@@ -115,7 +113,7 @@ def selection(options: Namespace) -> tuple[torch.device, list[Case], tuple[str, 
         cases = [case.with_passes(tuple(p for p in passes if p in case.spec.passes)) for case in cases]
         cases = [case for case in dict.fromkeys(cases) if case.passes]
     if not cases:
-        raise ValueError("nothing to measure: no chosen op has such passes")
+        raise UsageError("nothing to measure: no chosen op has such passes")
     return device, cases, chosen_peers
 
 
@@ -154,7 +152,7 @@ class Session:
         document = json.loads(self.path.read_text())
         wrong = schema.problems(document)
         if wrong:
-            raise SystemExit(f"gptkernels bench: {self.path} is not from this version: {wrong[0]}")
+            raise UsageError(f"--json {self.path} is not from this version: {wrong[0]}")
         for row in document["cases"]:
             if row["status"] == "started":
                 row.update(status="failed", detail="did not return: the process crashed or hung")
@@ -163,21 +161,20 @@ class Session:
 
     def save(self) -> None:
         if self.path is not None:
-            staged = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-            staged.write_text(json.dumps(self.document, indent=1))
-            os.replace(staged, self.path)
+            write_text(self.path, json.dumps(self.document, indent=1))
 
     def run(self, plan: list[tuple[Case, list[peers.Contender]]], console: Console) -> None:
         dtypes = {case.dtype for case, _ in plan}
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("measuring the device", total=len(plan))
+        with Steps(console, 1 + len(plan), "measuring") as steps:
+            steps.begin("the device")
             if not self.document["ceilings"]:
                 self.document["ceilings"] = self.bench.ceilings(dtypes)
             self.save()
+            steps.done()
             for case, contenders in plan:
-                progress.update(task, description=f"{case.op} {case.label}")
+                steps.begin(f"{case.op} {case.label}")
                 self.run_case(case, contenders)
-                progress.advance(task)
+                steps.done()
         self.document["telemetry"]["after"] = self.nvml.read()
         self.save()
 
@@ -313,8 +310,7 @@ def explained(error: Exception) -> tuple[str, str]:
     if isinstance(error, parity.ParityError):
         return "wrong", lines[0]
     detail = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-    return "out of memory" if out_of_memory else "failed", detail
+    return "out of memory" if is_out_of_memory(error) else "failed", detail
 
 
 def context_is_lost(error: Exception) -> bool:

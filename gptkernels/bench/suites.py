@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..failures import UsageError
 from .cases import OPS, Case
 
 SUITES = ("quick", "headline", "full")
@@ -120,5 +121,5 @@ def of_shape(ops: list[str], shape: dict[str, int], dtypes: tuple[str, ...], pas
     known = [op for op in ops if set(shape) <= set(OPS[op].shape)]
     if not known:
         dimensions = "; ".join(f"{op}: {OPS[op].about}" for op in ops)
-        raise ValueError(f"--shape has dimensions that no chosen op has ({dimensions})")
+        raise UsageError(f"--shape has dimensions that no chosen op has ({dimensions})")
     return [Case.of(op, dtype, passes, every_peer=True, **shape) for op in known for dtype in dtypes]

@@ -30,7 +30,7 @@ class Tokenizer:
     def from_file(cls, path: str | Path | None) -> "Tokenizer":
         if path is None:
             return cls(BYTES)
-        return cls({"kind": "json", "json": Path(path).read_text(encoding="utf-8")})
+        return cls({"kind": "json", "json": read_text(path)})
 
     @property
     def vocabulary(self) -> int:
@@ -61,15 +61,24 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer | None) -> np.ndarray:
     if path.suffix == ".bin":
         if path.stat().st_size % 2:
             raise ValueError(f"{path} must hold uint16 tokens, an even number of bytes, not {path.stat().st_size}")
+        if not path.stat().st_size:
+            raise ValueError(f"{path} must hold tokens, it is empty")
         return np.memmap(path, dtype="<u2", mode="r")
     data = path.read_bytes()
     if tokenizer.inner is None:
         return np.frombuffer(data, dtype=np.uint8)
+    return np.array(tokenizer.encode(decoded(path, data)), dtype=np.int64)
+
+
+def read_text(path: str | Path) -> str:
+    return decoded(path, Path(path).read_bytes())
+
+
+def decoded(path: str | Path, data: bytes) -> str:
     try:
-        text = data.decode()
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8 for a tokenizer.json ({error})") from None
-    return np.array(tokenizer.encode(text), dtype=np.int64)
+        raise ValueError(f"{path} must be text in UTF-8 ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,10 @@ class Text:
             raise ValueError(
                 f"the text must have more than the {self.length} tokens of one sequence, not {len(self.tokens)}"
             )
+
+    def __len__(self) -> int:
+        """In tokens"""
+        return len(self.tokens)
 
     def batch(self, step: int, rows: int, seed: int) -> dict[str, Tensor]:
         """-> tokens, targets: (rows, length) int64"""
@@ -120,6 +133,10 @@ class MaskedText:
     @property
     def length(self) -> int:
         return self.text.length
+
+    def __len__(self) -> int:
+        """In tokens"""
+        return len(self.text)
 
     def split(self, share: float) -> tuple["MaskedText", "MaskedText | None"]:
         text, end = self.text.split(share)
@@ -170,12 +187,12 @@ class MaskedText:
 def read_examples(path: str | Path) -> list[dict]:
     """One JSON object per line."""
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             example = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(example, dict):
             raise ValueError(f"{path}, line {number}: must be an object, not {type(example).__name__}")

@@ -97,6 +97,8 @@ def evaluate(
     likelihood after answer_context alone, which the paper uses where some choices are likely anyway."""
     if normalise not in NORMALISATIONS:
         raise ValueError(f"normalise must be one of {', '.join(NORMALISATIONS)}, not {normalise!r}")
+    if not questions:
+        raise ValueError("questions must have at least one question")
     if shots and len(pool) <= shots:
         raise ValueError(f"pool must have more than {shots} questions to draw shots from, not {len(pool)}")
     draw, pairs, plain = random.Random(seed), [], []

@@ -38,6 +38,10 @@ TASKS = {
 }
 
 
+# An example of any task, to count what it has.
+PLACEHOLDER = dict.fromkeys(("text", "premise", "hypothesis", "first", "second", "context"), "") | {"choices": [""]}
+
+
 class Examples:
     """The examples of a task as tokens. special: the first of the three special tokens; labels: known ones, for
     validation."""
@@ -54,6 +58,9 @@ class Examples:
         if tokenizer is None:
             raise ValueError("tokenizer must be given: a task's examples are text")
         self.task, self.length, self.truncated = task, length, 0
+        texts = len(TASKS[task].sequences(PLACEHOLDER)[0])
+        if length < 2 * texts + 1:
+            raise ValueError(f"the context must be at least {2 * texts + 1} tokens for {task}, not {length}")
         self.start, self.delimiter, self.extract = special, special + 1, special + 2
         if labels is None:
             labels = labels_of(task, examples)
@@ -117,6 +124,8 @@ def check_examples(task: str, examples: list[dict], labels: list | None) -> None
             texts = example[key] if key == "choices" else [example[key]]
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"example {number}: {key} must be text, not {example[key]!r}")
+        if not isinstance(example["label"], (str, int)):
+            raise ValueError(f"example {number}: label must be text or a whole number, not {example['label']!r}")
         if task == "multiple_choice":
             count = len(examples[0]["choices"])
             if len(example["choices"]) != count or count < 2:

@@ -1,15 +1,18 @@
 """`gptkernels generate`: continues a prompt with a trained model, token by token."""
 
 import codecs
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 
 import torch
 
+from .. import arguments
+from ..arguments import number, whole
+from ..failures import UsageError
 from . import checkpoint
 from .data import Tokenizer
 from .generation import stream
+from .gpt import GPT
 from .hf_weights import from_hf
 
 
@@ -17,39 +20,27 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="PATH", help="of gptkernels train, or hf:PATH")
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
-        "--tokens", type=int, default=200, help="how many to add, at most what the context has room for"
+        "--tokens", type=whole(1), default=200, help="how many to add, at most what the context has room for"
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--temperature", type=number(at_least=0), default=0.8, help="0: always the likeliest token (0.8)"
+    )
+    parser.add_argument("--top-k", type=whole(1), help="sample from the likeliest K tokens only")
+    parser.add_argument("--top-p", type=number(above=0, at_most=1), help="... from those that reach P together")
+    parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, where the checkpoint has none")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
 def run(options: Namespace) -> int:
-    try:
-        generate(options)
-    except ValueError as error:
-        print(f"gptkernels generate: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def generate(options: Namespace) -> None:
-    if options.checkpoint.startswith("hf:"):
-        model, state = from_hf(options.checkpoint.removeprefix("hf:")), {"tokenizer": None}
-    else:
-        model, state = checkpoint.load_model(options.checkpoint)
-    if options.tokenizer is None and state["tokenizer"] is None:
-        raise ValueError("--tokenizer must name the tokenizer.json of the tokens this model was trained on")
-    tokenizer = Tokenizer.from_file(options.tokenizer) if options.tokenizer else Tokenizer(state["tokenizer"])
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    model = model.to(name)
-    prompt = torch.tensor(tokenizer.encode(options.prompt), dtype=torch.int64, device=name)
+    model, tokenizer = load(options.checkpoint, options.tokenizer, options.device)
+    device = model.embedding.token.weight.device
+    prompt = torch.tensor(tokenizer.encode(options.prompt), dtype=torch.int64, device=device)
     room = model.config.context - len(prompt)
+    if not len(prompt):
+        raise UsageError("--prompt must have at least one token")
     if room < 1:
-        raise ValueError(f"--prompt must be shorter than the context of {model.config.context}, not {len(prompt)}")
+        raise UsageError(f"--prompt must be shorter than the context of {model.config.context}, not {len(prompt)}")
     steps = stream(
         model,
         [prompt],
@@ -57,12 +48,32 @@ def generate(options: Namespace) -> None:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        generator=torch.Generator(name).manual_seed(options.seed),
+        generator=torch.Generator(device).manual_seed(options.seed),
     )
     print(options.prompt, end="", flush=True)
     for piece in pieces(tokenizer, prompt.tolist(), (chosen.item() for chosen in steps)):
         print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def load(path: str, tokenizer_file: str | None, device: str) -> tuple[GPT, Tokenizer]:
+    """path: a checkpoint of gptkernels train, or hf:PATH"""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here")
+    if path.startswith("hf:"):
+        model, state = from_hf(path.removeprefix("hf:")), {"tokenizer": None}
+    else:
+        model, state = checkpoint.load_model(path)
+    if tokenizer_file is None and state["tokenizer"] is None:
+        raise UsageError("--tokenizer must name the tokenizer.json of the tokens this model was trained on")
+    tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file else Tokenizer(state["tokenizer"])
+    if tokenizer.vocabulary > model.config.vocabulary:
+        raise UsageError(
+            f"--tokenizer must have the model's {model.config.vocabulary} tokens at most, not {tokenizer.vocabulary}"
+        )
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return model.to(name), tokenizer
 
 
 def pieces(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:

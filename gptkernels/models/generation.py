@@ -153,7 +153,11 @@ def stream(
     try:
         hidden = model.hidden(tokens, cache=cache)[rows, lengths - 1]
         for step in range(max_new_tokens):
-            chosen = sampling.choose(model.logits(hidden), generator)
+            logits = model.logits(hidden)
+            # A GPU would have to be waited for; there multinomial stops it.
+            if logits.is_cpu and not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its weights may be NaN")
+            chosen = sampling.choose(logits, generator)
             if stop is not None:
                 chosen = chosen.masked_fill(ended, stop)
                 ended |= chosen == stop

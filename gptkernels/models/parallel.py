@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..failures import UsageError
+
 KINDS = ("none", "ddp", "fsdp")
 
 
@@ -21,16 +23,18 @@ class Workers:
 
     def __init__(self, kind: str = "none", device: str = "auto"):
         if kind not in KINDS:
-            raise ValueError(f"parallel must be one of {', '.join(KINDS)}, not {kind!r}")
+            raise UsageError(f"--parallel must be one of {', '.join(KINDS)}, not {kind!r}")
         if kind != "none" and "RANK" not in os.environ:
-            raise ValueError(
-                f"parallel={kind} needs torchrun: torchrun --nproc-per-node N -m gptkernels train --parallel {kind} ..."
+            raise UsageError(
+                f"--parallel {kind} needs torchrun: torchrun --nproc-per-node N -m gptkernels ... --parallel {kind}"
             )
         if kind == "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("several processes need parallel=ddp or parallel=fsdp: none would train alike")
+            raise UsageError("several processes need --parallel ddp or fsdp: without, each would do the same")
         self.kind = kind
         self.rank, self.world = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if kind != "none" else (0, 1)
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if name == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: torch sees no GPU here")
         if name == "cuda" and kind != "none":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = torch.device(name)

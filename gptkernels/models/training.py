@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import hardware
+from ..arguments import SEEDS
 from . import checkpoint, cost
 from .gpt import GPT
 from .parallel import Workers
+
+NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,23 @@ class TrainOptions:
     checkpoint_every: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        lowest = {"steps": 1, "batch": 1, "log_every": 1, "warmup": 0, "evaluate_every": 0, "checkpoint_every": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, not {self.micro_batch}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, not {self.learning_rate}")
+        if not 0 <= self.min_learning_rate <= 1:
+            raise ValueError(f"min_learning_rate must be a share, 0 ... 1, not {self.min_learning_rate}")
+        for name in ("weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be 0 ... {SEEDS - 1}, not {self.seed}")
 
     def accumulate(self, world: int) -> int:
         """Micro-batches per step and worker."""
@@ -64,6 +77,10 @@ class TrainOptions:
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
         return self.learning_rate * (self.min_learning_rate + (1 - self.min_learning_rate) * cosine)
+
+
+class DivergedError(ArithmeticError):
+    """The loss, or the gradient, is not finite."""
 
 
 class NoiseScale:
@@ -135,6 +152,7 @@ class Trainer:
     ):
         self.data, self.validation, self.options, self.about = data, validation, options, about or {}
         self.workers = workers or Workers("none", "cpu")
+        self.unwrapped = model
         self.gpt: GPT = model if isinstance(model, GPT) else model.gpt
         self.config = self.gpt.config
         self.accumulate = options.accumulate(self.workers.world)
@@ -145,9 +163,14 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, options)
         self.noise, self.step = NoiseScale(), 0
         self.path = None if out is None else Path(out) / checkpoint.NAME
+        self.saved: int | None = None  # the step of the checkpoint there
+        self.stop = self.stopped = False  # stop: asked to end after the step that is under way
+        # The first step whose loss or gradient was not finite, on the device: no step waits for it.
+        self.diverged = torch.full((), NEVER, dtype=torch.int64, device=self.workers.device)
 
     def train(self) -> Iterator[Record]:
-        """Yields a record every log_every steps, and after the last."""
+        """Yields a record every log_every steps, and after the last. DivergedError where the loss is not finite,
+        before anything is saved that it has touched."""
         options, tokens, started = self.options, 0, time.perf_counter()
         self.model.train()
         while self.step < options.steps:
@@ -155,11 +178,13 @@ class Trainer:
             tokens += seen
             self.step += 1
             last = self.step == options.steps
-            if self.path is not None and (
-                last or (options.checkpoint_every and self.step % options.checkpoint_every == 0)
-            ):
+            save = self.path is not None and (last or self.stop or self.at(options.checkpoint_every))
+            report = last or self.at(options.log_every)
+            if save or report:
+                self.check_finite()
+            if save:
                 self.save()
-            if last or self.step % options.log_every == 0:
+            if report:
                 loss, norm = loss.item(), norm.item()
                 speed = tokens / (time.perf_counter() - started)
                 yield Record(
@@ -173,10 +198,21 @@ class Trainer:
                     self.evaluate() if self.due(last) else None,
                 )
                 tokens, started = 0, time.perf_counter()
+            if self.stop and not last:
+                self.stopped = True
+                return
+
+    def at(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def check_finite(self) -> None:
+        step = int(self.diverged)
+        if step != NEVER:
+            raise DivergedError(f"the loss was not finite any more at step {step}")
 
     def due(self, last: bool) -> bool:
         every = self.options.evaluate_every
-        return self.validation is not None and bool(every) and (last or self.step % every == 0)
+        return self.validation is not None and bool(every) and (last or self.at(every))
 
     def one_step(self) -> tuple[Tensor, Tensor, int]:
         """-> the loss and the gradient's norm before clipping, both (), and the tokens of all workers"""
@@ -201,7 +237,10 @@ class Trainer:
             group["lr"] = options.learning_rate_at(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return workers.mean(total), norm, seen * workers.world
+        loss = workers.mean(total)
+        bad = torch.where((loss + norm).isfinite(), NEVER, self.step + 1)
+        self.diverged = torch.minimum(self.diverged, bad)
+        return loss, norm, seen * workers.world
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         device = self.workers.device
@@ -244,11 +283,12 @@ class Trainer:
             state = {"config": checkpoint.describe(self.config), "model": model, "optimizer": optimizer}
             state |= {"step": self.step, "noise": self.noise.state(), "options": options}
             checkpoint.save(self.path, state | self.about)
+        self.saved = self.step
 
     def resume(self, state: dict) -> None:
         """state: of a checkpoint, whose weights the model has been given already"""
         self.workers.load_optimizer(self.model, self.optimizer, state["optimizer"])
-        self.step = state["step"]
+        self.step = self.saved = state["step"]
         self.noise.load(state["noise"])
 
 

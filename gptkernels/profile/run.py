@@ -8,7 +8,6 @@ HFU also counts what backward computes again.
 import gc
 import json
 import statistics
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
@@ -16,9 +15,12 @@ import torch
 from rich.console import Console
 
 from .. import dispatch, hardware
+from ..arguments import number, whole
 from ..bench import measure, telemetry
+from ..files import write_text
 from ..models.config import PRESETS
 from ..models.parallel import KINDS, Workers
+from ..progress import Steps
 from . import report, shares, workload
 
 SCHEMA = 1
@@ -30,8 +32,8 @@ ALLOWED_DIFFERENCE = {"bfloat16": 2e-2, "float32": 1e-4}
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="gpt2", help=f"one of {', '.join(PRESETS)} (gpt2)")
     parser.add_argument("--hf", metavar="PATH", help="a model of transformers instead: a folder, or a name on the hub")
-    parser.add_argument("--batch", type=int, help="sequences per step and GPU")
-    parser.add_argument("--seq", type=int, help="tokens per sequence")
+    parser.add_argument("--batch", type=whole(1), help="sequences per step and GPU")
+    parser.add_argument("--seq", type=whole(1), help="tokens per sequence")
     parser.add_argument("--backend", default="auto", choices=("auto", *dispatch.BACKENDS))
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -39,8 +41,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     kind.add_argument("--infer", action="store_true", default=False, help="forward to the logits of every token")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is autocast (the default on a GPU)")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, help="to time, after a warm-up")
+    parser.add_argument("--dropout", type=number(at_least=0, at_most=0.999), default=0.0)
+    parser.add_argument("--steps", type=whole(1), help="to time, after a warm-up")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--parallel", default="none", choices=KINDS, help="under torchrun: one row per GPU and the sum")
     parser.add_argument("--no-plain", action="store_true", help="leave out the model in plain PyTorch")
@@ -49,14 +51,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Returns 1 if ours does not compute what the plain model does, or failed; 2 for options that make no sense."""
-    try:
-        workers = Workers(options.parallel, options.device)
-    except ValueError as error:
-        print(f"gptkernels profile: {error}", file=sys.stderr)
-        return 2
+    """Returns 1 if ours does not compute what the plain model does, or failed."""
+    workers = Workers(options.parallel, options.device)
     try:
         subject = make_subject(options, workers)
+        timed = options.steps * (1 if options.no_plain else 2)
+        with Steps(Console(quiet=workers.rank != 0), timed, f"profiling {subject.name}") as steps:
+            measured = profile_both(subject, options, workers, steps)
         found = {
             "schema": SCHEMA,
             "model": subject.name,
@@ -65,28 +66,20 @@ def run(options: Namespace) -> int:
             "versions": telemetry.versions(),
             "git": telemetry.git_state(),
             **{name: getattr(options, name) for name in ("batch", "seq", "dtype", "dropout", "backend", "infer")},
-            **profile_both(subject, options, workers),
+            **measured,
         }
-    except (ValueError, OSError) as error:
-        print(f"gptkernels profile: {error}", file=sys.stderr)
-        return 2
     finally:
         workers.close()
     if workers.rank == 0:
         report.print_profile(Console(), found)
         if options.json:
-            with open(options.json, "w") as file:
-                json.dump(found, file, indent=1)
+            write_text(options.json, json.dumps(found, indent=1))
     return int(found["ours"]["status"] != "ok")
 
 
 def make_subject(options: Namespace, workers: Workers) -> workload.Subject:
     """Fills in the options that were left open; ValueError for a model or length that cannot be."""
     torch.manual_seed(0)
-    for name in ("batch", "seq", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
     if options.hf:
         subject = workload.of_hf(options.hf, options.backend)
     else:
@@ -103,8 +96,9 @@ def make_subject(options: Namespace, workers: Workers) -> workload.Subject:
     return subject
 
 
-def profile_both(subject: workload.Subject, options: Namespace, workers: Workers) -> dict:
+def profile_both(subject: workload.Subject, options: Namespace, workers: Workers, steps: Steps) -> dict:
     """-> flops, ceilings, and for `plain` and `ours` what was measured; ours is compared with plain"""
+    steps.begin("the device")
     ceilings = measure.bench_for(workers.device).ceilings({options.dtype})
     ceilings["data_sheet_tflops"] = hardware.data_sheet_tflops(workers.device)
     flops = workload.flops_of(subject, options.seq, not options.infer)
@@ -120,12 +114,16 @@ def profile_both(subject: workload.Subject, options: Namespace, workers: Workers
         for name in group:
             runs[name] = Run(getattr(subject, name), subject, options, workers)
             setattr(subject, name, None)
-        for run in runs.values():
+        for name, run in runs.items():
+            steps.begin(f"{name}, warm-up")
             run.attempt(run.prepare)
-        for _ in range(options.steps):
+        for step in range(options.steps):
+            steps.begin(f"{' and '.join(group)}, step {step + 1} of {options.steps}")
             for run in runs.values():
                 run.attempt(run.time_step)
+                steps.done()
         for name, run in runs.items():
+            steps.begin(f"{name}, by part")
             run.attempt(run.finish, options.trace if name == "ours" else None)
             found[name], answers[name] = run.found(flops, ceilings), run.answer
         del runs, run

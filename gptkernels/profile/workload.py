@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from ..bench.memory import kept_for_backward, storage_bytes
+from ..failures import UsageError
 from ..models import cost
-from ..models.config import GPTConfig
+from ..models.config import PRESETS, GPTConfig
 from .shares import PREFIX
 
 
@@ -40,11 +41,13 @@ def of_preset(name: str, backend: str, dropout: float, length: int | None, devic
     from ..models.gpt import GPT
     from ..models.plain import plain_twin
 
+    if name not in PRESETS:
+        raise UsageError(f"--model must be one of {', '.join(PRESETS)}, not {name}")
     config = GPTConfig.preset(name, backend=backend, dropout=dropout, attention_dropout=dropout)
     if config.objective != "next_token":
-        raise ValueError(f"--model must predict next tokens, which {name} does not")
+        raise UsageError(f"--model must predict next tokens, which {name} does not")
     if length and length > config.context:
-        raise ValueError(f"--seq must be at most {name}'s context of {config.context}, not {length}")
+        raise UsageError(f"--seq must be at most {name}'s context of {config.context}, not {length}")
     with device:
         ours = GPT(config)
     plain = plain_twin(ours)
@@ -66,7 +69,10 @@ def of_hf(path: str, backend: str) -> Subject:
 
     from .. import accelerate
 
-    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--hf {path} cannot be loaded: {error}") from None
     ours = copy.deepcopy(plain)
     accelerate(ours, backend=backend)
     return Subject(

@@ -73,7 +73,10 @@ def over_chunks(
     step = chunk_rows(x.shape[0])
     # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
     padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
-    buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)[:, : weight.shape[0]]
+    buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)
+    # A CPU's 16-bit products read a few elements behind each row, times zero, which for NaN is not zero.
+    buffer[:, weight.shape[0] :] = 0
+    buffer = buffer[:, : weight.shape[0]]
     for start in range(0, x.shape[0], step):
         rows = slice(start, min(start + step, x.shape[0]))
         logits = torch.mm(x[rows], weight.mT, out=buffer[: rows.stop - start])
