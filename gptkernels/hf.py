@@ -7,6 +7,6 @@ def register(fallback: str | None = None) -> None:
     fallback: what to do with a call that the kernels cannot run exactly, such as one with a 4-D mask of your own. None
         raises NotImplementedError with the reason; "sdpa" runs PyTorch's attention and warns, once for each reason.
     """
-    from .swap import hf
+    from .swap import attention_interface
 
-    hf.register(fallback)
+    attention_interface.register(fallback)

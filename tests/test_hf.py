@@ -250,7 +250,8 @@ def test_softcap_and_sinks_are_refused_even_with_the_fallback():
 
 def test_a_window_is_never_lost():
     """Where the mask says nothing of a window and the layer does, the layer's counts; where they differ, neither."""
-    from gptkernels.swap import hf, masks
+    from gptkernels.swap import attention_interface as hf
+    from gptkernels.swap import masks
 
     layer, (q, k, v) = nn.Module(), torch.randn(3, 1, 2, 9, 16)
     none = masks.nothing_hidden(True, None, q.device)

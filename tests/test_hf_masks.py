@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 )
 
 from gptkernels.swap import masks
-from gptkernels.swap.hf import exact_mask, gptkernels_mask
+from gptkernels.swap.attention_interface import exact_mask, gptkernels_mask
 
 ROWS, TOKENS = 3, 11
 DEVICE = torch.device("cpu")

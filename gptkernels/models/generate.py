@@ -13,7 +13,6 @@ from . import checkpoint
 from .data import Tokenizer
 from .generation import stream
 from .gpt import GPT
-from .hf_weights import from_hf
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -62,7 +61,7 @@ def load(path: str, tokenizer_file: str | None, device: str) -> tuple[GPT, Token
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here")
     if path.startswith("hf:"):
-        model, state = from_hf(path.removeprefix("hf:")), {"tokenizer": None}
+        model, state = GPT.from_hf(path.removeprefix("hf:")), {"tokenizer": None}
     else:
         model, state = checkpoint.load_model(path)
     if tokenizer_file is None and state["tokenizer"] is None:

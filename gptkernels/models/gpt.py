@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..nn import MLP, CausalSelfAttention, LayerNorm
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp.reference import ACTIVATIONS
+from . import generation, hf_weights
 from .config import GPTConfig
 
 
@@ -243,22 +244,16 @@ class GPT(nn.Module):
 
     def generate(self, prompts, max_new_tokens: int, **options):
         """Continues prompts: see generation.generate for the options."""
-        from .generation import generate
-
-        return generate(self, prompts, max_new_tokens, **options)
+        return generation.generate(self, prompts, max_new_tokens, **options)
 
     @classmethod
     def from_hf(cls, source, **changes) -> "GPT":
         """The model of a transformers model, a folder with one, or a name on the Hugging Face hub: see hf_weights."""
-        from .hf_weights import from_hf
-
-        return from_hf(source, **changes)
+        return hf_weights.from_hf(cls, source, **changes)
 
     def to_hf(self, folder: str | Path | None = None):
         """This model as a transformers model, or, with a folder, written there for from_pretrained."""
-        from .hf_weights import save_hf, to_hf
-
-        return to_hf(self) if folder is None else save_hf(self, Path(folder))
+        return hf_weights.to_hf(self) if folder is None else hf_weights.save_hf(self, Path(folder))
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

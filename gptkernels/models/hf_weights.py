@@ -10,13 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import hf_config
 from .config import GPTConfig
-from .gpt import GPT
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Conv1D stores (in, out): transposed to a Linear's (out, in).
 GPT2_BLOCK = {
@@ -153,7 +155,7 @@ class Name:
     transposed: bool
 
 
-def names(family: Family, model: GPT) -> Iterator[Name]:
+def names(family: Family, model: nn.Module) -> Iterator[Name]:
     wanted = dict(model.named_parameters())
     for ours, theirs in family.outer.items():
         yield Name(ours, (family.prefix + theirs,), False)
@@ -169,8 +171,9 @@ def names(family: Family, model: GPT) -> Iterator[Name]:
             )
 
 
-def from_hf(source, *, dtype: torch.dtype | None = None, **changes) -> GPT:
-    """source: a transformers model, a folder with config.json and its weights, or a name on the Hugging Face hub.
+def from_hf(make: Callable[[GPTConfig], Model], source, *, dtype: torch.dtype | None = None, **changes) -> Model:
+    """make: GPT, or a class like it. source: a transformers model, a folder with config.json and its weights, or a name
+    on the Hugging Face hub.
 
     dtype: of the parameters, as stored by default. changes: fields of GPTConfig to set differently. The model is in
     evaluation mode, as those of transformers are."""
@@ -185,13 +188,13 @@ def from_hf(source, *, dtype: torch.dtype | None = None, **changes) -> GPT:
     family = FAMILIES[model_type]
     config = replace(family.config_from(settings), **changes)
     with torch.device("meta"):
-        model = GPT(config)
+        model = make(config)
     model = model.to_empty(device="cpu")
     load(model, family, weights)
     return model.to(dtype).eval()
 
 
-def load(model: GPT, family: Family, weights: dict[str, Tensor]) -> None:
+def load(model: nn.Module, family: Family, weights: dict[str, Tensor]) -> None:
     """Copies weights into the model, whose parameters take their dtype; ValueError where one is missing or misshapen"""
     if not any(key.startswith(family.prefix) for key in weights):
         weights = {key if key in family.head.values() else family.prefix + key: x for key, x in weights.items()}
@@ -283,7 +286,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def export(model: GPT) -> tuple[dict, dict[str, Tensor]]:
+def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     """-> transformers' config.json and state dict; ValueError with the reason where no family has such a model"""
     model_type = hf_config.family_of(model.config)
     family, settings = FAMILIES[model_type], hf_config.BASICS | {"model_type": model_type}
@@ -302,7 +305,7 @@ def export(model: GPT) -> tuple[dict, dict[str, Tensor]]:
     return settings, weights
 
 
-def to_hf(model: GPT):
+def to_hf(model: nn.Module):
     """The same model as a transformers model, with copies of the weights."""
     import transformers
 
@@ -318,7 +321,7 @@ def to_hf(model: GPT):
     return twin.train(model.training)
 
 
-def save_hf(model: GPT, folder: Path) -> Path:
+def save_hf(model: nn.Module, folder: Path) -> Path:
     """Writes config.json and model.safetensors for transformers' from_pretrained."""
     from safetensors.torch import save_file
 

@@ -24,7 +24,6 @@ from .config import GPTConfig
 from .data import MaskedText, Text, Tokenizer, read_examples, read_tokens
 from .finetune import Examples, TaskModel, accuracy, labels_of
 from .gpt import GPT
-from .hf_weights import from_hf
 from .parallel import Workers
 from .train_options import DEFAULTS, MODELS, add_arguments, check_resumed, differs, settings_of
 from .training import DivergedError, Record, Trainer
@@ -180,7 +179,7 @@ def make_model(
         if options.model is not None:
             raise UsageError("--model must not be given with --init-from, which says what model it is")
         if options.init_from.startswith("hf:"):
-            gpt = from_hf(options.init_from.removeprefix("hf:"), dtype=torch.float32, **changes)
+            gpt = GPT.from_hf(options.init_from.removeprefix("hf:"), dtype=torch.float32, **changes)
         else:
             gpt, _ = checkpoint.load_model(options.init_from, **changes)
         if options.context is not None and options.context > gpt.config.context:

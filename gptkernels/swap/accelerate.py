@@ -14,9 +14,10 @@ from ..ops.mlp import mlp as mlp_op
 from . import interface
 from .families import PARTS
 from .loss import HEAD, MODEL
-from .modules import FAMILIES, Family, Settings, check_restorable, is_replaced, replace, restore
+from .modules import FAMILIES, Family, Settings, is_replaced
 from .parts import head_reason, head_size, is_float64
 from .probe import difference
+from .replacing import check_restorable, replace, restore
 from .report import Left, Replaced, Report
 
 

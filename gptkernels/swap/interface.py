@@ -110,10 +110,10 @@ def switch(modules: dict[str, nn.Module], configs: dict[int, object]) -> Callabl
         return lambda: None
     from transformers import PreTrainedConfig
 
-    from . import hf
+    from . import attention_interface
 
-    if not hf.is_registered():
-        hf.register()
+    if not attention_interface.is_registered():
+        attention_interface.register()
     memo: dict[int, object] = {}
     before = []
     for module in modules.values():
@@ -122,7 +122,7 @@ def switch(modules: dict[str, nn.Module], configs: dict[int, object]) -> Callabl
                 before.append((module, name, value))
                 vars(module)[name] = copy.deepcopy(value, memo)
     for key in configs:
-        memo[key]._attn_implementation_internal = hf.NAME
+        memo[key]._attn_implementation_internal = attention_interface.NAME
 
     def undo() -> None:
         for module, name, value in before:

@@ -1,11 +1,8 @@
-"""A module takes our computation by changing its class: the parameters, buffers, hooks, names and wrappers around it
-stay the very same objects, and changing the class back is the undo."""
+"""What is known of a module that computes on our kernels: its family, what it was asked to do, what it was before."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FunctionType
 
 from torch import nn
 
@@ -36,24 +33,6 @@ def settings_of(module: nn.Module) -> Settings:
     return module.__dict__.get(SETTINGS, Settings())
 
 
-def replace(module: nn.Module, families: tuple[str, ...], settings: Settings) -> None:
-    """families: names of those whose methods the module takes."""
-    module.__class__ = replaced_class(type(module), families)
-    module.__dict__[SETTINGS] = settings
-
-
-def check_restorable(module: nn.Module) -> None:
-    cls = type(module)
-    if "gptkernels_original" not in vars(cls):
-        raise RuntimeError(f"{cls.__name__} was given another class after it was replaced (by FSDP?): undo that first")
-
-
-def restore(module: nn.Module) -> None:
-    check_restorable(module)
-    module.__class__ = type(module).gptkernels_original
-    del module.__dict__[SETTINGS]
-
-
 def is_replaced(module: nn.Module) -> bool:
     return hasattr(type(module), "gptkernels_original")
 
@@ -61,47 +40,3 @@ def is_replaced(module: nn.Module) -> bool:
 def original(module: nn.Module, name: str) -> Callable:
     """The method as it was, bound to the module."""
     return functools.partial(getattr(type(module).gptkernels_original, name), module)
-
-
-@functools.cache
-def replaced_class(cls: type, families: tuple[str, ...]) -> type:
-    """A subclass with the methods of those families and everything else, its name included, as it was."""
-    body = {
-        "__reduce_ex__": reduce,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "gptkernels_original": cls,
-        "gptkernels_families": families,
-    }
-    for family in families:
-        for name, method in FAMILIES[family].methods.items():
-            # Signatures are read: by Trainer to choose columns, by generate() to check its arguments.
-            is_function = isinstance(method, FunctionType)
-            body[name] = functools.wraps(getattr(cls, name))(own_copy(method)) if is_function else method
-    return type(cls)(cls.__name__, (cls,), body)
-
-
-def own_copy(method: Callable) -> Callable:
-    """A function of its own for each class, for functools.wraps to write on."""
-
-    def replacement(self, *args, **kwargs):
-        return method(self, *args, **kwargs)
-
-    return replacement
-
-
-def reduce(module: nn.Module, protocol) -> tuple:
-    """For pickle and deepcopy, which could not find the subclass by its name."""
-    cls = type(module)
-    return rebuilt, (cls.gptkernels_original, cls.gptkernels_families), module.__dict__
-
-
-def rebuilt(cls: type, families: tuple[str, ...]) -> nn.Module:
-    importlib.import_module(f"{__package__}.families")  # which fills FAMILIES
-    if cls.__module__.startswith("transformers."):
-        from . import hf
-
-        if not hf.is_registered():
-            hf.register()
-    new = replaced_class(cls, families)
-    return new.__new__(new)

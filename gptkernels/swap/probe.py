@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .modules import Settings, replace, restore
+from .modules import Settings
+from .replacing import replace, restore
 
 ROWS, TOKENS = 2, 8
 # Of the largest value; float32 sums in another order, and the roundings of the 16-bit types.

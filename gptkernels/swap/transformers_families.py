@@ -50,7 +50,7 @@ def openai_scores(module, query: Tensor, key: Tensor, value: Tensor, attention_m
 
 def on_interface(module, query, key, value, attention_mask, **options) -> tuple[Tensor, None]:
     """-> (B, H, T, D), None, as the methods that this replaces return it"""
-    from .hf import gptkernels_attention
+    from .attention_interface import gptkernels_attention
 
     dropout = module.attn_dropout.p if module.training else 0.0
     out, _ = gptkernels_attention(module, query, key, value, attention_mask, dropout=dropout, **options)
@@ -73,7 +73,7 @@ def padding_mask(scores: Tensor) -> Tensor:
 
 
 def refuses_weights(module, *args, output_attentions=False, **kwargs):
-    from .hf import fall_back
+    from .attention_interface import fall_back
 
     if output_attentions:
         fall_back("output_attentions=True: the kernels never have the attention weights as a whole")
