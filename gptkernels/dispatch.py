@@ -40,7 +40,7 @@ class Choice:
         return "\n".join(lines + [f"  {backend}: {reason}" for backend, reason in self.reasons.items()])
 
 
-@dataclass
+@dataclass(eq=False)
 class Call(Generic[R]):
     """A call whose arguments have been checked: what decides where it runs, and what then runs it."""
 

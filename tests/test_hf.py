@@ -31,9 +31,9 @@ def attention_calls(monkeypatch):
     """The arguments of each attention that runs on our kernels: (op, q, k, v, ...)."""
     calls, choose = [], dispatch.choose
 
-    def noting(op, backends, backend, device, args):
-        calls.append((op, *args))
-        return choose(op, backends, backend, device, args)
+    def noting(call):
+        calls.append((call.op, *call.arguments))
+        return choose(call)
 
     monkeypatch.setattr(dispatch, "choose", noting)
     return calls

@@ -54,9 +54,9 @@ def op_calls(monkeypatch):
     """Counts the calls of each op."""
     counter, choose = Counter(), dispatch.choose
 
-    def counting(op, *args):
-        counter[op] += 1
-        return choose(op, *args)
+    def counting(call):
+        counter[call.op] += 1
+        return choose(call)
 
     monkeypatch.setattr(dispatch, "choose", counting)
     return counter
@@ -212,9 +212,9 @@ def test_window_on_odd_layers(family, monkeypatch):
     """The kernels are asked for that window in those layers, and far tokens do not matter any more."""
     windows, choose = [], dispatch.choose
 
-    def noting(op, backends, backend, device, args):
-        windows.extend([args[6]] if op == "attention" else [])
-        return choose(op, backends, backend, device, args)
+    def noting(call):
+        windows.extend([call.arguments[6]] if call.op == "attention" else [])
+        return choose(call)
 
     own = windows_of(made(family), inputs(family), noting, windows, monkeypatch)
     fast = made(family)
