@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
     """total: (N, K), float32 or of the operands' dtype, += a @ b: (N, M), (M, K), whose product is not rounded before
-    it is added"""
+    it is added. first: nothing is in total yet, not even zeros."""
+    beta = 0 if first else 1
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=beta)
     elif a.device.type == "cuda":
-        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)

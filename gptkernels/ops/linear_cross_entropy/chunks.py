@@ -23,7 +23,9 @@ ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], None]
 
 
 def chunk_rows(rows: int) -> int:
-    return min(max(rows, 1), max(MIN_ROWS, -(-rows // CHUNKS)))
+    """Of chunks of the same size, as far as they can be"""
+    chunks = max(1, min(CHUNKS, rows // MIN_ROWS))
+    return max(1, -(-rows // chunks))
 
 
 def fwd_outputs(
@@ -69,7 +71,9 @@ def over_chunks(
     weight: (V, d)"""
     losses, lse = (torch.empty((x.shape[0],), dtype=torch.float32, device=x.device) for _ in range(2))
     grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    weight_sum = torch.zeros(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
+    weight_sum = torch.empty(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
+    if not x.shape[0]:
+        weight_sum.zero_()
     step = chunk_rows(x.shape[0])
     # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
     padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
@@ -85,7 +89,7 @@ def over_chunks(
         if needs_x:
             torch.mm(logits, weight, out=grad_x[rows])
         if needs_weight:
-            add_product(weight_sum, logits.mT, x[rows])
+            add_product(weight_sum, logits.mT, x[rows], first=start == 0)
     return losses, lse, grad_x, weight_sum
 
 
