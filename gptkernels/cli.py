@@ -63,6 +63,9 @@ def run_command(name: str, rest: list[str]) -> int:
         command = import_module(module, __package__)
         parser = ArgumentParser(f"gptkernels {name}", description=about)
         command.add_arguments(parser)
+        for word in rest:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would lose it, and give an empty list
+                parser.error(f"argument {word.removesuffix('=--')}: must have a value, not --")
         return command.run(parser.parse_args(rest))
     except KeyboardInterrupt:
         print(f"\ngptkernels {name}: stopped", file=sys.stderr)

@@ -31,6 +31,7 @@ def visible_at(
     """position: (M, 1), key: (N,) -> (M, N) bool, or (B, 1, M, N) with key_start: (B,)"""
     seen = key <= position if causal else torch.ones_like(key <= position)
     if window is not None:
+        window = min(window, 2**62)  # what int64 can be compared with
         seen = seen & (position - key < window)
         if not causal:
             seen = seen & (key - position < window)

@@ -37,6 +37,8 @@ def linear_cross_entropy(
     checks.check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit targets' int64, not {ignore_index}")
 
     def run(kernels):
         operands = as_rows(x), weight.contiguous(), targets.reshape(-1).contiguous()
