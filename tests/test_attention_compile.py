@@ -53,7 +53,7 @@ def windows(arch, head_size, element_size):
 def test_attention(arch, bits, head_size):
     if head_size not in (16, 32, 64, 128) and bits == 32:
         pytest.skip("float32 heads up to 128 are padded to a power of two; larger ones are not supported")
-    # Those that test_attention.py's test_head_sizes runs: what it compiles, or this, is in Triton's cache for the other.
+    # As in test_head_sizes of test_attention.py, so that what either compiles is in the cache of Triton for the other.
     dtype = torch.float32 if bits == 32 else torch.bfloat16 if arch >= 90 else torch.float16
     if arch == 89 and TABLES[89] == TABLES[80]:
         # The same programs as for 8.0, compiled there, if only they fit.
