@@ -72,7 +72,11 @@ def over_chunks(
     step = chunk_rows(x.shape[0])
     # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
     padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
-    buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)[:, : weight.shape[0]]
+    buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)
+    if buffer.is_cpu:
+        # oneDNN multiplies bfloat16 in pairs: beside the last of an odd vocabulary it reads the padding, times 0.
+        buffer[:, weight.shape[0] :] = 0
+    buffer = buffer[:, : weight.shape[0]]
     for start in range(0, x.shape[0], step):
         rows = slice(start, min(start + step, x.shape[0]))
         logits = torch.mm(x[rows], weight.mT, out=buffer[: rows.stop - start])
