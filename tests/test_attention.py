@@ -245,15 +245,15 @@ def test_no_documents(anywhere, backend):
 def test_dropout(where, backend, dropout):
     """All backends drop the same weights, the ones that the reference drops, and backward drops them too."""
     where.require(backend)
-    tensors = make(where, 70, batch=2, heads=2, kv_heads=1, head_size=16)
+    tensors = make(where, 70, batch=2, heads=2, kv_heads=1, head_size=32)
     assert_attention_parity(tensors, backend, dropout=dropout, window=40)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_of_packed_documents_and_padding(anywhere, backend):
     anywhere.require(backend)
-    assert_attention_parity(make_packed(anywhere, [30, 50], head_size=16), backend, dropout=0.4)
-    tensors = make(anywhere, 70, batch=2, heads=1, head_size=16)
+    assert_attention_parity(make_packed(anywhere, [30, 50], head_size=32), backend, dropout=0.4)
+    tensors = make(anywhere, 70, batch=2, heads=1, head_size=32)
     assert_attention_parity({**tensors, "key_start": key_start(anywhere, 5, 60)}, backend, dropout=0.4)
 
 

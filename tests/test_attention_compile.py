@@ -78,7 +78,7 @@ def test_attention(arch, bits, head_size):
 
 
 @pytest.mark.parametrize("layout", ["one head for all", "packed"])
-@pytest.mark.parametrize("head_size", HEAD_SIZES)
+@pytest.mark.parametrize("head_size", [16, 32, 40, 64, 96, 128, 160, 256])  # one for each row
 def test_what_tma_cannot_address(head_size, layout):
     """On 9.0, where other rows than those of test_attention serve it: pointers load, forward or backward or both."""
     with compiled_launches(90) as launches:
