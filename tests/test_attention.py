@@ -110,20 +110,16 @@ def test_head_sizes(where, backend, head_size):
     assert_attention_parity(make(where, 70, heads=1, head_size=head_size, dtype=dtype), backend, window=30)
 
 
-@pytest.mark.parametrize("head_size", [24, 104])
+@pytest.mark.parametrize(
+    ("head_size", "dtype"),
+    [(80, torch.float32), (128, torch.float32), (24, torch.bfloat16), (104, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padded_head_sizes(anywhere, backend, head_size):
-    """In one part, the end of which is beyond the head."""
+def test_float32_and_padded_heads(anywhere, backend, head_size, dtype):
+    """Those in 16 bits end within the one part that holds them."""
     anywhere.require(backend)
-    tensors = make(anywhere, 70, heads=1, head_size=head_size, dtype=torch.bfloat16)
-    assert_attention_parity(tensors, backend, window=30)
-
-
-@pytest.mark.parametrize("head_size", [80, 128])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_heads(anywhere, backend, head_size):
-    anywhere.require(backend)
-    tensors = make(anywhere, 70, heads=1, head_size=head_size, dtype=torch.float32)
+    tensors = make(anywhere, 70, heads=1, head_size=head_size, dtype=dtype)
     assert_attention_parity(tensors, backend, window=30)
 
 
