@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -37,7 +37,16 @@ class MachineCode:
     registers: int
     spilled_bytes: int
     stack_bytes: int
-    sass: str
+    cubin: bytes
+
+    @cached_property
+    def sass(self) -> str:
+        """Takes longer than the assembling."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [str(tool("cuobjdump")), "--dump-sass", file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}", self.sass))
@@ -49,7 +58,7 @@ def tool(name: str) -> Path:
 
 @cache
 def assemble(ptx: str, target: str) -> MachineCode:
-    """Registers, spills and SASS of a module with one kernel, by Triton's own assembler."""
+    """Registers, spills and code of a module with one kernel, by Triton's own assembler."""
     blackwell = tool("ptxas-blackwell")
     ptxas = blackwell if target.startswith("sm_10") and blackwell.exists() else tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,9 +67,7 @@ def assemble(ptx: str, target: str) -> MachineCode:
         command = [str(ptxas), "-v", f"--gpu-name={target}", str(source), "-o", str(cubin)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        sass = subprocess.run(
-            [str(tool("cuobjdump")), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True
-        ).stdout
+        code = cubin.read_bytes()
     numbers = {
         name: max(map(int, re.findall(pattern, result.stderr)), default=0)
         for name, pattern in (
@@ -69,7 +76,7 @@ def assemble(ptx: str, target: str) -> MachineCode:
             ("stack_bytes", r"(\d+) bytes stack frame"),
         )
     }
-    return MachineCode(**numbers, sass=sass)
+    return MachineCode(**numbers, cubin=code)
 
 
 @contextmanager

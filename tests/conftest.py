@@ -1,4 +1,5 @@
-"""Where kernels run in the tests: --device=auto|cuda|simulator|interpreter (auto: cuda where there is one)."""
+"""Where kernels run in the tests, --device=auto|cuda|simulator|interpreter (auto: cuda where there is one), and in how
+many processes: on a CPU as many as there are cores, unless -n says otherwise."""
 
 import os
 import sys
@@ -19,7 +20,39 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="Triton's interpreter is wrong on bfloat16 and far addresses"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """As with `-n N --dist worksteal`, where pytest-xdist is installed and nothing asks for one process: named tests, a
+    debugger, output as it comes, or a GPU, of which there is one."""
+    option = config.option
+    if hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None:
+        return
+    one_process = option.usepdb or option.trace or option.capture == "no" or option.collectonly
+    if one_process or any("::" in argument for argument in config.args) or device_kind(config) == "cuda":
+        return
+    workers = worker_count()
+    if workers > 1:
+        option.numprocesses = workers
+        if option.dist == "no":
+            option.dist = "worksteal"
+
+
+def worker_count() -> int:
+    """One to a core, as far as the memory goes: each holds torch, transformers and a few models."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // (3 << 30), 16))
+
+
+def share_cores(workers: int) -> None:
+    """Processes that run side by side, and theirs, have the cores between them."""
+    each = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    for name in ("PTXEMU_THREADS", "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, each)
+
+
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        share_cores(config.workerinput["workercount"])
     config.addinivalue_line("markers", "not_in_interpreter: needs what Triton's interpreter does not do right")
     # Triton reads this when kernels are defined, which is when gptkernels is imported.
     if config.getoption("--device") == "interpreter":

@@ -11,7 +11,7 @@ from gptkernels.ops.dropout import draw_seed
 
 def calls(where):
     """(q, k, v), (key_start, cu_seqlens, seed), (causal, window, scale, dropout)"""
-    dense = {name: x.detach() for name, x in make(where, 20, batch=2, heads=2, kv_heads=1).items()}
+    dense = {name: x.detach() for name, x in make(where, 20, batch=2, heads=2, kv_heads=1, head_size=32).items()}
     views = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in dense.items()}
     packed = {name: x.detach() for name, x in make_packed(where, [5, 0, 9]).items()}
     bounds = packed.pop("cu_seqlens")
@@ -22,9 +22,9 @@ def calls(where):
 
 
 @pytest.mark.parametrize("call", range(3))
-def test_opcheck(where, call):
-    where.require("triton")
-    qkv, variables, options = list(calls(where))[call]
+def test_opcheck(anywhere, call):
+    anywhere.require("triton")
+    qkv, variables, options = list(calls(anywhere))[call]
     q, k, v = qkv
     # Autograd goes through AttentionFunction, not through the ops.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -34,16 +34,20 @@ def test_opcheck(where, call):
     torch.library.opcheck(triton_kernels.attention_bwd.torch_op, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("layout", ["tma", "pointers"])
-def test_compile_fullgraph(where, layout):
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "dropout"),
+    [(32, torch.float16, 0.2), (19, torch.bfloat16, 0.0)],
+    ids=["tma", "pointers"],
+)
+def test_compile_fullgraph(anywhere, head_size, dtype, dropout):
     """Descriptors are made in the launcher, where tensors have addresses."""
-    where.require("triton")
+    anywhere.require("triton")
     torch._dynamo.reset()
 
     def block(q, k, v):
-        return gk.attention(q * 2, k, v, window=30, dropout=0.2, backend="triton").sin()
+        return gk.attention(q * 2, k, v, window=30, dropout=dropout, backend="triton").sin()
 
-    tensors = list(make(where, 40, head_size=64 if layout == "tma" else 19).values())
+    tensors = list(make(anywhere, 40, head_size=head_size, dtype=dtype).values())
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(5)
