@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .ops.layer_norm import add_layer_norm, layer_norm
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.mlp import mlp
-    from .swap import accelerate
+    from .swap.accelerate import accelerate
 
 __version__ = "0.1.0"
 __all__ = [

@@ -32,6 +32,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 INTEGER_DTYPES = {"cu_seqlens": torch.int32, "lengths": torch.int32, "targets": torch.int64}
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Case:
     """One call: what to make, what to run, what to compare with."""
@@ -39,7 +42,7 @@ class Case:
     label: str
     op: Callable
     reference: Callable
-    shapes: dict[str, tuple[int, ...]]  # of the random tensors, by argument name
+    shapes: Shapes  # of the random tensors, by argument name
     kwargs: dict = field(default_factory=dict)
     integers: dict[str, list[int]] = field(default_factory=dict)  # such as cu_seqlens (int32) and targets (int64)
     has_gradients: bool = True
@@ -104,29 +107,29 @@ def attention_cases(small: bool) -> Iterator[Case]:
     head_sizes = [64, 80] if small else [40, 64, 80, 96, 128, 256]
     for head_size in head_sizes:
         for queries, keys in lengths:
-            shapes = {
+            shapes: Shapes = {
                 "q": (batch, heads, queries, head_size),
                 "k": (batch, kv_heads, keys, head_size),
                 "v": (batch, kv_heads, keys, head_size),
             }
             label = f"B{batch} H{heads}/{kv_heads} T{queries}/{keys} D{head_size}"
-            variants = {"causal": {}, "window 17": {"window": 17}}
+            variants: dict[str, dict] = {"causal": {}, "window 17": {"window": 17}}
             if head_size == 64:
                 variants |= {"full": {"causal": False}, "dropout": {"dropout": 0.1}}
             for name, kwargs in variants.items():
                 yield Case(f"{label}, {name}", attention, attention_reference.attention, shapes, kwargs)
     total = 100 if small else 1500
     documents = {"cu_seqlens": [0, 1, total // 3, total // 3, total]}
-    shapes = {"q": (total, heads, 64), "k": (total, kv_heads, 64), "v": (total, kv_heads, 64)}
+    packed: Shapes = {"q": (total, heads, 64), "k": (total, kv_heads, 64), "v": (total, kv_heads, 64)}
     for kwargs in ({}, {"window": 20}):
         label = f"4 documents, T{total} D64" + (", window 20" if kwargs else "")
-        yield Case(label, attention, attention_reference.attention, shapes, kwargs, documents)
+        yield Case(label, attention, attention_reference.attention, packed, kwargs, documents)
 
 
 def decode_attention_cases(small: bool) -> Iterator[Case]:
     capacity = 160 if small else 4096
     for tokens, window in ((1, None), (1, 50), (5, None)):
-        shapes = {"q": (2, 4, tokens, 64), "k_cache": (2, 2, capacity, 64), "v_cache": (2, 2, capacity, 64)}
+        shapes: Shapes = {"q": (2, 4, tokens, 64), "k_cache": (2, 2, capacity, 64), "v_cache": (2, 2, capacity, 64)}
         yield Case(
             f"{tokens} of {capacity}" + (f", window {window}" if window else ""),
             decode_attention,

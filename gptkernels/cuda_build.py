@@ -77,10 +77,10 @@ def arch_flags(source: Path, chosen: list[str]) -> str:
 
 def job_count() -> int:
     try:
-        text = Path("/proc/meminfo").read_text()
-        free_gib = int(re.search(r"MemAvailable:\s+(\d+)", text).group(1)) / 2**20
-    except (OSError, AttributeError):
-        free_gib = GIB_PER_JOB
+        found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    free_gib = int(found.group(1)) / 2**20 if found else GIB_PER_JOB
     return max(1, min(os.cpu_count() or 1, int(free_gib / GIB_PER_JOB)))
 
 
@@ -134,7 +134,7 @@ def build(
     command = [str(Path(ninja.BIN_DIR) / "ninja"), "-j", str(job_count()), "-C", str(work_directory)]
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             said.append(line)
             if verbose:
                 print(line, end="", flush=True)

@@ -5,13 +5,15 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
 from .hardware import arch
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 BACKENDS = ("cuda", "triton", "eager")
 
@@ -52,7 +54,16 @@ class Call(Generic[R]):
     run: Callable[[ModuleType], R]
 
 
-def op(prepare: Callable[P, Call[R]]) -> Callable[P, R]:
+class Op(Protocol[P, R_co]):
+    """A public op: what runs the call, and what only prepares it."""
+
+    __signature__: inspect.Signature
+    prepare: Callable[P, Any]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+def op(prepare: Callable[P, Call[R]]) -> Op[P, R]:
     """Makes a public op of a function that checks its arguments and says how to run the call."""
 
     @functools.wraps(prepare)
@@ -66,9 +77,10 @@ def op(prepare: Callable[P, Call[R]]) -> Callable[P, R]:
 
     signature = inspect.signature(prepare)
     (result,) = signature.return_annotation.__args__
-    run.__signature__ = signature.replace(return_annotation=result)
-    run.prepare = prepare
-    return run
+    public = cast(Op[P, R], run)
+    public.__signature__ = signature.replace(return_annotation=result)
+    public.prepare = prepare
+    return public
 
 
 def candidates(op: str, device: torch.device, backend: str) -> tuple[str, ...]:
@@ -111,5 +123,5 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
         raise TypeError(f"explain takes an op of gptkernels, not {op!r}")
     call = prepare(*args, **kwargs)
     name, reasons = choose(call)
-    describe = getattr(call.backends.get(name), "describe", None)
+    describe = getattr(call.backends[name], "describe", None) if name else None
     return Choice(call.op, name, reasons, describe(*call.arguments) if describe else "")

@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable)
 def constant_under_compile(function: F) -> F:
     """torch.compiler.assume_constant_result, which would import all of torch._dynamo (as long as torch itself takes)
     only to set this."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

@@ -34,7 +34,7 @@ def torch_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
                     return launcher(first, *rest)
             return launcher(first, *rest)
 
-        call.torch_op = op
+        vars(call)["torch_op"] = op
         return call
 
     return wrap

@@ -198,7 +198,8 @@ def test_flops_of_a_transformers_model():
     transformers = pytest.importorskip("transformers")
     gpt = GPT(GPTConfig(vocabulary=512, context=128, layers=2, width=64, heads=2))
     hf = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=512, n_positions=128)
-    subject = workload.Subject("hf", transformers.GPT2LMHeadModel(hf), None, 512, 128, None, None, None)
+    plain = {"plain": transformers.GPT2LMHeadModel(hf)}
+    subject = workload.Subject("hf", plain, 512, 128, None, None, None)
     found = workload.flops_of(subject, 64, training=True)
     assert found.dense == pytest.approx(cost.training_flops_per_token(gpt.config, 64), rel=1e-6)
 

@@ -54,6 +54,7 @@ def test_python_from_top_to_bottom(no_network):
         ran += 1
     assert ran >= 6
     report = namespace["report"]
+    assert report.counts() == {"attention": 3, "norm": 7, "mlp": 3}
     assert "window 256" in str(report), "the last snippet asks for a band on every other layer"
 
 

@@ -80,12 +80,13 @@ def plain(case: Case, device: torch.device) -> Callable:
         if case.op == "attention":
             return attention
         return lambda q, k_cache, v_cache, lengths: attention(q, k_cache, v_cache)
-    return {
+    plain: dict[str, Callable] = {
         "layer_norm": plain_layer_norm,
         "add_layer_norm": plain_add_layer_norm,
         "mlp": plain_mlp,
         "linear_cross_entropy": plain_loss,
-    }[case.op]
+    }
+    return plain[case.op]
 
 
 def plain_layer_norm(x, weight, bias):
@@ -125,12 +126,13 @@ def sdpa(backend: str) -> Callable:
         decoding, pinned = case.op == "decode_attention", getattr(SDPBackend, backend)
         dense = case.kwargs["window"] is None
         mask = None if dense else mask_of(case, device, queries=1 if decoding else 0)
-        options = {"attn_mask": mask, "is_causal": dense and not decoding}
-        options["enable_gqa"] = case.shape["G"] != case.shape["H"]
+        causal, grouped_heads = dense and not decoding, case.shape["G"] != case.shape["H"]
 
         def call(q, k, v):
             with sdpa_kernel(pinned):
-                return F.scaled_dot_product_attention(q, k, v, **options)
+                return F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped_heads
+                )
 
         return (lambda q, k_cache, v_cache, lengths: call(q, k_cache, v_cache)) if decoding else call
 
@@ -216,7 +218,12 @@ def liger(case: Case, device: torch.device) -> Callable:
         found = functional.liger_fused_linear_cross_entropy(x, weight, targets, accum_dtype=torch.float32)
         return first_of(found)
 
-    return {"layer_norm": layer_norm, "add_layer_norm": add_layer_norm, "linear_cross_entropy": loss}[case.op]
+    ops: dict[str, Callable] = {
+        "layer_norm": layer_norm,
+        "add_layer_norm": add_layer_norm,
+        "linear_cross_entropy": loss,
+    }
+    return ops[case.op]
 
 
 def quack(case: Case, device: torch.device) -> Callable:
@@ -279,7 +286,7 @@ def torch_loss(case: Case, device: torch.device) -> Callable:
 
 
 ANY_DEVICE = ("cuda", "cpu")
-FA2 = {"module": "flash_attn.flash_attn_interface", "install": "pip install flash-attn --no-build-isolation"}
+FA2, FA2_INSTALL = "flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"
 CONTENDERS = [
     *(ours(backend) for backend in dispatch.BACKENDS),
     Contender("naive", "peer", tuple(OPS), plain, devices=ANY_DEVICE),
@@ -297,8 +304,8 @@ CONTENDERS = [
         module="flash_attn.cute",
         install="pip install --pre flash-attn-4",
     ),
-    Contender("flash-attn-2", "peer", ATTENTION, flash_attn, **FA2),
-    Contender("flash-attn-2", "peer", ("decode_attention",), flash_attn_decode, **FA2),
+    Contender("flash-attn-2", "peer", ATTENTION, flash_attn, FA2, FA2_INSTALL),
+    Contender("flash-attn-2", "peer", ("decode_attention",), flash_attn_decode, FA2, FA2_INSTALL),
     Contender("xformers", "peer", ATTENTION, xformers, module="xformers.ops", install="pip install xformers"),
     Contender(
         "liger",

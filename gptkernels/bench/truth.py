@@ -26,7 +26,7 @@ ROWS = {
     "linear_cross_entropy": ("x", "targets"),
 }
 # What plain PyTorch is, where that is not the reference in the case's dtype.
-PLAIN = {"layer_norm": plain_layer_norm, "add_layer_norm": plain_add_layer_norm}
+PLAIN: dict[str, Callable] = {"layer_norm": plain_layer_norm, "add_layer_norm": plain_add_layer_norm}
 WIDEST = {"layer_norm": "N", "add_layer_norm": "N", "mlp": "F", "linear_cross_entropy": "V"}
 
 
@@ -125,7 +125,8 @@ def reference_results(
                 narrowed(case, sums[name], in_rows.get(name)).add_(grad)
         for kept, out in zip(outputs, found, strict=True):
             kept.append(out.detach())
-    joined = [sum(kept) if loss else torch.cat(kept, 2 if case.op == "attention" else 0) for kept in outputs]
+    dim = 2 if case.op == "attention" else 0
+    joined = [torch.stack(kept).sum(0) if loss else torch.cat(kept, dim) for kept in outputs]
     return Results(joined, {name: total.to(dtype) for name, total in sums.items()})
 
 
@@ -158,8 +159,10 @@ def check(case: Case, call: Callable, tensors: dict[str, Tensor], truth: Truth, 
         cotangents = [c.to(out.dtype) for c, out in zip(truth.cotangents, outputs, strict=True)]
         grads = torch.autograd.grad(outputs, leaves, cotangents) if names else ()
     compared = [
-        (f"output {i}", out, *pair)
-        for i, (out, *pair) in enumerate(zip(outputs, truth.exact.outputs, truth.ordinary.outputs, strict=True))
+        (f"output {i}", out, exact, ordinary)
+        for i, (out, exact, ordinary) in enumerate(
+            zip(outputs, truth.exact.outputs, truth.ordinary.outputs, strict=True)
+        )
     ] + [
         (f"gradient of {name}", grad, truth.exact.grads[name], truth.ordinary.grads[name])
         for name, grad in zip(names, grads, strict=True)

@@ -45,7 +45,8 @@ def save(path: Path, state: dict) -> None:
 
 def digest(x: Tensor) -> str:
     """Of the values; x: contiguous, on the CPU"""
-    return hashlib.sha256(x.view(-1).view(torch.uint8).numpy()).hexdigest()
+    values: Any = x.view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(values).hexdigest()
 
 
 def digest_of_header(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -41,10 +41,10 @@ class Tokenizer:
         """The tokens [CLS], [SEP] and [MASK]."""
         if self.inner is None:
             return 256, 257, 258
-        found = [self.inner.token_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]")]
-        if None in found:
+        cls, sep, mask = (self.inner.token_to_id(name) for name in ("[CLS]", "[SEP]", "[MASK]"))
+        if cls is None or sep is None or mask is None:
             raise ValueError("a masked model needs a tokenizer.json with the tokens [CLS], [SEP] and [MASK]")
-        return tuple(found)
+        return cls, sep, mask
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode()) if self.inner is None else self.inner.encode(text, add_special_tokens=False).ids
@@ -65,6 +65,8 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer | None) -> np.ndarray:
             raise ValueError(f"{path} must hold tokens, it is empty")
         return np.memmap(path, dtype="<u2", mode="r")
     data = path.read_bytes()
+    if tokenizer is None:
+        raise ValueError(f"{path} must be a .bin of tokens where there is no tokenizer")
     if tokenizer.inner is None:
         return np.frombuffer(data, dtype=np.uint8)
     return np.array(tokenizer.encode(decoded(path, data)), dtype=np.int64)
@@ -105,8 +107,8 @@ class Text:
         pieces = np.stack([self.tokens[start : start + self.length + 1] for start in starts]).astype(np.int64)
         if pieces.max() >= self.vocabulary:
             raise ValueError(f"tokens must be below the vocabulary of {self.vocabulary}, not {pieces.max()}")
-        pieces = torch.from_numpy(pieces)
-        return {"tokens": pieces[:, :-1], "targets": pieces[:, 1:]}
+        rows_of_tokens = torch.from_numpy(pieces)
+        return {"tokens": rows_of_tokens[:, :-1], "targets": rows_of_tokens[:, 1:]}
 
     def split(self, share: float) -> tuple["Text", "Text | None"]:
         """The text without its end, and its end, to validate on; None where that is shorter than a sequence."""

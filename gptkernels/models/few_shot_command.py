@@ -71,8 +71,12 @@ def read_questions(path: str | Path) -> list[Question]:
     questions = []
     for number, example in enumerate(read_examples(path), 1):
         context, choices, answer = (example.get(name) for name in ("context", "choices", "answer"))
-        texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
-        if not isinstance(context, str) or not texts or type(answer) is not int:
+        if (
+            not isinstance(context, str)
+            or not isinstance(choices, list)
+            or not all(isinstance(choice, str) for choice in choices)
+            or type(answer) is not int
+        ):
             raise UsageError(f"{path}, question {number}: must have a text context, a list of choices, an answer")
         try:
             questions.append(Question(context, tuple(choices), answer))

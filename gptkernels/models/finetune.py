@@ -94,9 +94,8 @@ class Examples:
     def batch(self, step: int, rows: int, seed: int) -> dict[str, Tensor]:
         """The examples in a new order each epoch: as `pick`."""
         wanted = np.arange(step * rows, (step + 1) * rows)
-        orders = {
-            epoch: np.random.default_rng((seed, epoch)).permutation(len(self)) for epoch in set(wanted // len(self))
-        }
+        epochs = set((wanted // len(self)).tolist())
+        orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(self)) for epoch in epochs}
         return self.pick([orders[number // len(self)][number % len(self)] for number in wanted])
 
     def pick(self, chosen) -> dict[str, Tensor]:
@@ -205,5 +204,5 @@ def accuracy(model: TaskModel, examples: Examples, batch: int = 16) -> float:
     for first in range(0, len(examples), batch):
         picked = examples.pick(range(first, min(first + batch, len(examples))))
         scores = model.predict(picked["tokens"].to(device), picked["ends"].to(device))
-        right += (scores.argmax(-1).cpu() == picked["labels"]).sum().item()
+        right += int((scores.argmax(-1).cpu() == picked["labels"]).sum())
     return right / len(examples)

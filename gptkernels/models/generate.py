@@ -50,7 +50,7 @@ def run(options: Namespace) -> int:
         generator=torch.Generator(device).manual_seed(options.seed),
     )
     print(options.prompt, end="", flush=True)
-    for piece in pieces(tokenizer, prompt.tolist(), (chosen.item() for chosen in steps)):
+    for piece in pieces(tokenizer, prompt.tolist(), (int(chosen) for chosen in steps)):
         print(piece, end="", flush=True)
     print()
     return 0
@@ -61,12 +61,16 @@ def load(path: str, tokenizer_file: str | None, device: str) -> tuple[GPT, Token
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here")
     if path.startswith("hf:"):
-        model, state = GPT.from_hf(path.removeprefix("hf:")), {"tokenizer": None}
+        model, known = GPT.from_hf(path.removeprefix("hf:")), None
     else:
         model, state = checkpoint.load_model(path)
-    if tokenizer_file is None and state["tokenizer"] is None:
+        known = state["tokenizer"]
+    if tokenizer_file is not None:
+        tokenizer = Tokenizer.from_file(tokenizer_file)
+    elif known is not None:
+        tokenizer = Tokenizer(known)
+    else:
         raise UsageError("--tokenizer must name the tokenizer.json of the tokens this model was trained on")
-    tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file else Tokenizer(state["tokenizer"])
     if tokenizer.vocabulary > model.config.vocabulary:
         raise UsageError(
             f"--tokenizer must have the model's {model.config.vocabulary} tokens at most, not {tokenizer.vocabulary}"

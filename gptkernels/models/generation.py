@@ -18,13 +18,14 @@ class LayerCache:
 
     def __init__(self, cache: "KVCache", capacity: int):
         self.cache, self.capacity = cache, capacity
-        self.k = self.v = None  # (B, Hkv, capacity, D)
+        self.k: Tensor | None = None  # (B, Hkv, capacity, D)
+        self.v: Tensor | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float | None, backend: str
     ) -> Tensor:
         """q: (B, H, T, D), k, v: (B, Hkv, T, D) of the prompt, or of one more token -> (B, H, T, D)"""
-        if self.k is None:
+        if self.k is None or self.v is None:
             self.k, self.v = self.prompt(k), self.prompt(v)
             return attention(q, k, v, window=window, scale=scale, backend=backend)
         slot = (self.cache.before % self.capacity).view(-1, 1, 1, 1).expand_as(k)
@@ -140,7 +141,7 @@ def stream(
     p together. use_cache=False computes everything again for each token."""
     sampling = Sampling(temperature, top_k, top_p)
     tokens, lengths = pad(prompts, model)
-    longest = lengths.max().item() + max_new_tokens
+    longest = int(lengths.max()) + max_new_tokens
     if longest > model.config.context:
         raise ValueError(
             f"prompts and max_new_tokens must fit the context of {model.config.context} together, not {longest}"

@@ -46,7 +46,7 @@ class Block(nn.Module):
         )
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, residual: Tensor | None, **context) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, **context) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, C), not yet added to residual: (B, T, C), which is None before the first block -> the same"""
         if residual is None:
             y, residual = self.norm1(x), x
@@ -58,8 +58,8 @@ class Block(nn.Module):
 
 
 class PostNormBlock(Block):
-    def forward(self, x: Tensor, residual: None, **context) -> tuple[Tensor, None]:
-        """x: (B, T, C) -> (B, T, C)"""
+    def forward(self, x: Tensor, residual: Tensor | None, **context) -> tuple[Tensor, Tensor | None]:
+        """x: (B, T, C) -> (B, T, C), and no residual"""
         x, _ = self.norm1(self.attention(x, **context), x, self.dropout)
         x, _ = self.norm2(self.mlp(x), x, self.dropout)
         return x, None
@@ -74,11 +74,11 @@ class Embedding(nn.Module):
         self.token = nn.Embedding(config.vocabulary, rank)
         self.position = nn.Embedding(config.context, rank)
         self.token_type = nn.Embedding(config.token_types, rank) if config.token_types else None
+        self.norm: LayerNorm | None = None
+        self.project: nn.Linear | None = None
         if config.embedding_rank:
             self.norm = LayerNorm(rank, bias=config.bias, eps=config.eps, backend=config.backend)
             self.project = nn.Linear(rank, config.width, config.bias)
-        else:
-            self.norm = self.project = None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
@@ -86,7 +86,7 @@ class Embedding(nn.Module):
         x = self.token(tokens) + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros_like(tokens) if token_types is None else token_types)
-        if self.project is None:
+        if self.project is None or self.norm is None:
             return self.dropout(x)
         return self.project(self.dropout(self.norm(x)))
 
@@ -138,11 +138,10 @@ class GPT(nn.Module):
         self.masked_head = MaskedHead(config) if config.objective == "masked" else None
         rank = config.width if config.objective == "next_token" else config.embedding_rank or config.width
         self.head = None if config.tied else nn.Linear(rank, config.vocabulary, bias=False)
+        self.unproject: nn.Linear | None = None
         if config.tied and rank != self.embedding.token.embedding_dim:
             # What undoes the factorisation, for a causal model with embeddings of a lower rank.
             self.unproject = nn.Linear(config.width, self.embedding.token.embedding_dim, bias=False)
-        else:
-            self.unproject = None
         self.initialise()
 
     @torch.no_grad()
@@ -151,17 +150,18 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.normal_(0.0, std)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
         self.embedding.position.weight.normal_(0.0, self.config.position_std)
         if self.config.scale_residual_init:
-            for block in self.blocks:
+            for block in dict.fromkeys(self.layers()):
                 for projection in (block.attention.out, block.mlp.proj):
                     projection.weight.normal_(0.0, std / math.sqrt(2 * self.config.layers))
 
     def layers(self) -> list[Block]:
         """The blocks in the order in which they run; a shared one is there again and again."""
-        return list(self.blocks) * (self.config.layers if self.config.share_layers else 1)
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return blocks * (self.config.layers if self.config.share_layers else 1)
 
     def hidden(
         self,

@@ -10,18 +10,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import hf_config
 from .config import GPTConfig
 
-Model = TypeVar("Model", bound=nn.Module)
+if TYPE_CHECKING:
+    from .gpt import GPT
+
+
+Model = TypeVar("Model", bound="GPT")
+Names = dict[str, str | tuple[str, ...]]
 
 # Conv1D stores (in, out): transposed to a Linear's (out, in).
-GPT2_BLOCK = {
+GPT2_BLOCK: Names = {
     "norm1.weight": "ln_1.weight",
     "norm1.bias": "ln_1.bias",
     "attention.qkv.weight": "attn.c_attn.weight",
@@ -35,13 +40,13 @@ GPT2_BLOCK = {
     "mlp.proj.weight": "mlp.c_proj.weight",
     "mlp.proj.bias": "mlp.c_proj.bias",
 }
-GPT_NEO_BLOCK = GPT2_BLOCK | {
+GPT_NEO_BLOCK: Names = GPT2_BLOCK | {
     "attention.qkv.weight": tuple(f"attn.attention.{x}_proj.weight" for x in "qkv"),
     "attention.out.weight": "attn.attention.out_proj.weight",
     "attention.out.bias": "attn.attention.out_proj.bias",
 }
 del GPT_NEO_BLOCK["attention.qkv.bias"]
-ALBERT_BLOCK = {
+ALBERT_BLOCK: Names = {
     "attention.qkv.weight": tuple(f"attention.{x}.weight" for x in ("query", "key", "value")),
     "attention.qkv.bias": tuple(f"attention.{x}.bias" for x in ("query", "key", "value")),
     "attention.out.weight": "attention.dense.weight",
@@ -62,7 +67,7 @@ class Family:
     architecture: str  # transformers' class
     prefix: str  # which files of the base model leave out
     layer: str  # path of block number {}
-    block: dict[str, str | tuple[str, ...]]  # our name in the block -> theirs; several are rows of ours
+    block: Names  # our name in the block -> theirs; several are rows of ours
     outer: dict[str, str]
     head: dict[str, str]  # outside the base model
     transposed: bool
@@ -155,7 +160,7 @@ class Name:
     transposed: bool
 
 
-def names(family: Family, model: nn.Module) -> Iterator[Name]:
+def names(family: Family, model: "GPT") -> Iterator[Name]:
     wanted = dict(model.named_parameters())
     for ours, theirs in family.outer.items():
         yield Name(ours, (family.prefix + theirs,), False)
@@ -163,8 +168,8 @@ def names(family: Family, model: nn.Module) -> Iterator[Name]:
         if ours in wanted:
             yield Name(ours, (theirs,), False)
     for number in range(len(model.blocks)):
-        for ours, theirs in family.block.items():
-            parts = (theirs,) if isinstance(theirs, str) else theirs
+        for ours, of_block in family.block.items():
+            parts = (of_block,) if isinstance(of_block, str) else of_block
             full = tuple(family.prefix + family.layer.format(number) + part for part in parts)
             yield Name(
                 f"blocks.{number}.{ours}", full, family.transposed and wanted[f"blocks.{number}.{ours}"].ndim == 2
@@ -194,7 +199,7 @@ def from_hf(make: Callable[[GPTConfig], Model], source, *, dtype: torch.dtype | 
     return model.to(dtype).eval()
 
 
-def load(model: nn.Module, family: Family, weights: dict[str, Tensor]) -> None:
+def load(model: "GPT", family: Family, weights: dict[str, Tensor]) -> None:
     """Copies weights into the model, whose parameters take their dtype; ValueError where one is missing or misshapen"""
     if not any(key.startswith(family.prefix) for key in weights):
         weights = {key if key in family.head.values() else family.prefix + key: x for key, x in weights.items()}
@@ -286,7 +291,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
+def export(model: "GPT") -> tuple[dict, dict[str, Tensor]]:
     """-> transformers' config.json and state dict; ValueError with the reason where no family has such a model"""
     model_type = hf_config.family_of(model.config)
     family, settings = FAMILIES[model_type], hf_config.BASICS | {"model_type": model_type}
@@ -305,7 +310,7 @@ def export(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     return settings, weights
 
 
-def to_hf(model: nn.Module):
+def to_hf(model: "GPT"):
     """The same model as a transformers model, with copies of the weights."""
     import transformers
 
@@ -321,7 +326,7 @@ def to_hf(model: nn.Module):
     return twin.train(model.training)
 
 
-def save_hf(model: nn.Module, folder: Path) -> Path:
+def save_hf(model: "GPT", folder: Path) -> Path:
     """Writes config.json and model.safetensors for transformers' from_pretrained."""
     from safetensors.torch import save_file
 

@@ -61,7 +61,7 @@ class Workers:
             policy = MixedPrecisionPolicy() if dtype == torch.float32 else narrow
             for block in blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
-            return fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
 
     def own_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +70,9 @@ class Workers:
 
     def micro_batch(self, model: nn.Module, last: bool):
         """DDP sums the gradients of all workers once per step; FSDP has no room to wait."""
-        return model.no_sync() if self.kind == "ddp" and not last else nullcontext()
+        if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
 
     def mean(self, x: Tensor) -> Tensor:
         """x: () -> its mean over the workers"""

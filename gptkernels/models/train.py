@@ -31,6 +31,7 @@ from .training import DivergedError, Record, Trainer
 __all__ = ["MODELS", "add_arguments", "run"]
 
 VALIDATION_SHARE = 0.1
+Data = Text | MaskedText | Examples
 INTERRUPTED = 130
 
 
@@ -71,9 +72,9 @@ def train(console: Console, options: Namespace, workers: Workers) -> int:
     if stopped:
         print(f"gptkernels train: stopped after step {trainer.step}; {kept(trainer)}", file=sys.stderr)
         return INTERRUPTED
-    if options.task and workers.kind != "fsdp" and workers.rank == 0:
-        shown = trainer.data if trainer.validation is None else trainer.validation
-        console.print(f"accuracy {accuracy(trainer.unwrapped, shown):.1%} of {len(shown)} examples")
+    model, shown = trainer.unwrapped, trainer.data if trainer.validation is None else trainer.validation
+    if isinstance(model, TaskModel) and workers.kind != "fsdp" and workers.rank == 0:
+        console.print(f"accuracy {accuracy(model, shown):.1%} of {len(shown)} examples")
     return 0
 
 
@@ -94,11 +95,11 @@ def make_trainer(console: Console, options: Namespace, workers: Workers) -> Trai
     settings = settings_of(options, state, workers.device.type)
     tokenizer = find_tokenizer(options, state)
     torch.manual_seed(settings.seed)
-    examples = read_examples(options.data) if options.task else None
+    examples = read_examples(options.data) if options.task else []
     model = make_model(options, state, tokenizer, examples)
     length = options.context if state is None else state["about"]["context"]
     data, validation = make_data(options, model, tokenizer, examples, length)
-    about = {
+    about: dict = {
         "tokenizer": None if tokenizer is None else tokenizer.state,
         "about": {
             "model": None if options.init_from else options.model or "gpt2",
@@ -107,7 +108,7 @@ def make_trainer(console: Console, options: Namespace, workers: Workers) -> Trai
             "context": data.length,
         },
     }
-    if options.task:
+    if isinstance(data, Examples):
         about["task"] = {"name": options.task, "labels": data.labels}
         if data.truncated and workers.rank == 0:
             console.print(f"{data.truncated} sequences were cut to the {data.length} tokens of the context")
@@ -156,8 +157,8 @@ def find_tokenizer(options: Namespace, state: dict | None) -> Tokenizer | None:
 
 
 def make_model(
-    options: Namespace, state: dict | None, tokenizer: Tokenizer | None, examples: list[dict] | None
-) -> torch.nn.Module:
+    options: Namespace, state: dict | None, tokenizer: Tokenizer | None, examples: list[dict]
+) -> GPT | TaskModel:
     """examples: of the task to fine-tune for"""
     changes = {name: getattr(options, name) for name in ("dropout", "save", "backend", "window")}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -199,27 +200,26 @@ def make_model(
 
 def make_data(
     options: Namespace,
-    model: torch.nn.Module,
+    model: GPT | TaskModel,
     tokenizer: Tokenizer | None,
-    examples: list[dict] | None,
-    length: int | None,
-):
-    """length: of sequences, None for the model's context -> data to train on, and to validate on or None"""
+    examples: list[dict],
+    longest: int | None,
+) -> tuple[Data, Data | None]:
+    """longest: of sequences, None for the model's context -> data to train on, and to validate on or None"""
+    config = model.gpt.config if isinstance(model, TaskModel) else model.config
+    length = longest or config.context
     if options.task:
-        config = model.gpt.config
-        length = length or config.context
         first_special = config.vocabulary - len(TaskModel.SPECIAL)
         data = Examples(options.task, examples, tokenizer, length, first_special)
         if not options.validation:
             return data, None
         unseen = read_examples(options.validation)
         return data, Examples(options.task, unseen, tokenizer, length, first_special, data.labels)
-    length = length or model.config.context
 
     def text(path: str) -> Text | MaskedText:
         tokens = read_tokens(path, tokenizer)
-        if model.config.objective == "next_token":
-            return Text(tokens, length, model.config.vocabulary)
+        if config.objective == "next_token":
+            return Text(tokens, length, config.vocabulary)
         if tokenizer is None:
             raise ValueError("a masked model needs text and, for tokens other than bytes, --tokenizer")
         return MaskedText(Text(tokens, length, tokenizer.vocabulary), tokenizer.special())

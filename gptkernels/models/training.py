@@ -88,7 +88,9 @@ class NoiseScale:
     Training, appendix A): the gradient's variance over its squared size, from its norm at two batch sizes."""
 
     def __init__(self, decay: float = 0.95):
-        self.decay, self.noise, self.signal = decay, 0.0, 0.0
+        self.decay = decay
+        self.noise: float | Tensor = 0.0
+        self.signal: float | Tensor = 0.0
 
     def update(self, small: int, small_norm2: Tensor, big: int, big_norm2: Tensor) -> None:
         """small_norm2, big_norm2: () squared norms of the mean gradient over `small` and over `big` tokens; they stay
@@ -153,7 +155,9 @@ class Trainer:
         self.data, self.validation, self.options, self.about = data, validation, options, about or {}
         self.workers = workers or Workers("none", "cpu")
         self.unwrapped = model
-        self.gpt: GPT = model if isinstance(model, GPT) else model.gpt
+        gpt = model if isinstance(model, GPT) else model.gpt
+        assert isinstance(gpt, GPT)
+        self.gpt = gpt
         self.config = self.gpt.config
         self.accumulate = options.accumulate(self.workers.world)
         self.dtype = getattr(torch, options.dtype)
@@ -185,13 +189,12 @@ class Trainer:
             if save:
                 self.save()
             if report:
-                loss, norm = loss.item(), norm.item()
                 speed = tokens / (time.perf_counter() - started)
                 yield Record(
                     self.step,
-                    loss,
+                    loss.item(),
                     options.learning_rate_at(self.step - 1),
-                    norm,
+                    norm.item(),
                     speed,
                     self.mfu(speed),
                     self.noise.tokens,
@@ -277,10 +280,12 @@ class Trainer:
         return flops * tokens_per_second / (peak * 1e12 * self.workers.world)
 
     def save(self) -> None:
+        if self.path is None:
+            raise ValueError("a Trainer without out has nowhere to save")
         model, optimizer = self.workers.state(self.model, self.optimizer)
         if self.workers.rank == 0:
             options = asdict(self.options) | {"betas": list(self.options.betas)}
-            state = {"config": checkpoint.describe(self.config), "model": model, "optimizer": optimizer}
+            state: dict = {"config": checkpoint.describe(self.config), "model": model, "optimizer": optimizer}
             state |= {"step": self.step, "noise": self.noise.state(), "options": options}
             checkpoint.save(self.path, state | self.about)
         self.saved = self.step

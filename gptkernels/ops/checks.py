@@ -32,9 +32,12 @@ def check_shape(name: str, value: Tensor, shape: tuple, meaning: str) -> None:
         raise ValueError(f"{name} must have shape {tuple(shape)} ({meaning}), not {tuple(value.shape)}")
 
 
-def check_number(name: str, value, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf):
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+def check_number(
+    name: str, number, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+) -> None:
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be a number, not {type(number).__name__}")
+    value = float(number)
     if not (value > above and value >= at_least and value < below):
         bounds = [f"> {above}"] * (above > -math.inf) + [f">= {at_least}"] * (at_least > -math.inf)
         bounds += [f"< {below}"] * (below < math.inf)

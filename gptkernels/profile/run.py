@@ -87,7 +87,7 @@ def make_subject(options: Namespace, workers: Workers) -> workload.Subject:
         where = torch.device("cpu") if options.parallel == "fsdp" else workers.device
         subject = workload.of_preset(options.model, options.backend, options.dropout, options.seq, where)
     on_gpu = workers.device.type == "cuda"
-    parameters = sum(p.numel() for p in subject.plain.parameters())
+    parameters = sum(p.numel() for p in subject.models["plain"].parameters())
     options.seq = options.seq or (subject.context if on_gpu else min(subject.context, 256))
     tokens = (16384 if parameters < 5e8 else 8192) if on_gpu else 256
     options.batch = options.batch or max(1, tokens // options.seq)
@@ -102,18 +102,18 @@ def profile_both(subject: workload.Subject, options: Namespace, workers: Workers
     ceilings = measure.bench_for(workers.device).ceilings({options.dtype})
     ceilings["data_sheet_tflops"] = hardware.data_sheet_tflops(workers.device)
     flops = workload.flops_of(subject, options.seq, not options.infer)
-    found = {"ceilings": ceilings, "flops_per_token": vars(flops), "plain": None}
+    found: dict = {"ceilings": ceilings, "flops_per_token": vars(flops), "plain": None}
     names = ["plain", "ours"]
     if options.no_plain:
-        names, subject.plain = ["ours"], None
+        names = ["ours"]
+        del subject.models["plain"]
     # A GPU has no room for two large models. On a CPU, which others use as well, they take turns.
     together = workers.device.type == "cpu"
-    answers = {}
+    answers: dict[str, torch.Tensor | None] = {}
     for group in [names] if together else [[name] for name in names]:
         runs = {}
         for name in group:
-            runs[name] = Run(getattr(subject, name), subject, options, workers)
-            setattr(subject, name, None)
+            runs[name] = Run(subject.models.pop(name), subject, options, workers)
         for name, run in runs.items():
             steps.begin(f"{name}, warm-up")
             run.attempt(run.prepare)
@@ -130,8 +130,9 @@ def profile_both(subject: workload.Subject, options: Namespace, workers: Workers
         gc.collect()
         if workers.device.type == "cuda":
             torch.cuda.empty_cache()
-    if answers.get("plain") is not None and answers["ours"] is not None:
-        difference = ((answers["ours"] - answers["plain"]).norm() / answers["plain"].norm()).item()
+    plain, ours = answers.get("plain"), answers["ours"]
+    if plain is not None and ours is not None:
+        difference = ((ours - plain).norm() / plain.norm()).item()
         found["ours"]["difference"] = difference
         if not difference <= ALLOWED_DIFFERENCE[options.dtype]:
             found["ours"].update(status="wrong", detail=f"differs from the plain model by {difference:.1e}")
@@ -141,11 +142,16 @@ def profile_both(subject: workload.Subject, options: Namespace, workers: Workers
 class Run:
     """One model being measured; the first failure ends it and becomes its status."""
 
+    work: workload.Workload
+
     def __init__(self, model: torch.nn.Module, subject: workload.Subject, options: Namespace, workers: Workers):
         self.model, self.subject, self.options, self.workers = model, subject, options, workers
         self.nvml = telemetry.Nvml(workers.device)
-        self.failure, self.answer, self.work = None, None, None
-        self.seconds, self.joules, self.reading = [], [], None
+        self.failure: str | None = None
+        self.answer: torch.Tensor | None = None
+        self.seconds: list[float] = []
+        self.joules: list[float] = []
+        self.reading: dict | None = None
 
     def attempt(self, phase: Callable, *arguments) -> None:
         if self.failure is None:
@@ -153,7 +159,7 @@ class Run:
                 phase(*arguments)
             except (torch.OutOfMemoryError, dispatch.UnsupportedError) as error:
                 self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                self.work = None
+                self.__dict__.pop("work", None)  # and its memory
 
     def prepare(self) -> None:
         self.work = workload.Workload(self.subject, self.model, self.options, self.workers)

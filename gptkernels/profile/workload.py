@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,7 @@ class Subject:
     """A model before and after, and what it is known to cost"""
 
     name: str
-    plain: nn.Module
-    ours: nn.Module
+    models: dict[str, nn.Module]  # "plain" and "ours"
     vocabulary: int
     context: int
     config: GPTConfig | None  # None for a model of somebody else's
@@ -32,8 +32,8 @@ class Subject:
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """What FSDP gathers one at a time"""
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        return list(max(lists, key=len, default=[]))
+        lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len, default=[])
 
 
 def of_preset(name: str, backend: str, dropout: float, length: int | None, device: torch.device) -> Subject:
@@ -53,8 +53,7 @@ def of_preset(name: str, backend: str, dropout: float, length: int | None, devic
     plain = plain_twin(ours)
     return Subject(
         name,
-        plain,
-        ours.to("cpu"),
+        {"plain": plain, "ours": ours.to("cpu")},
         config.vocabulary,
         config.context,
         config,
@@ -77,8 +76,7 @@ def of_hf(path: str, backend: str) -> Subject:
     accelerate(ours, backend=backend)
     return Subject(
         path,
-        plain,
-        ours,
+        {"plain": plain, "ours": ours},
         plain.config.vocab_size,
         getattr(plain.config, "max_position_embeddings", None) or 1024,
         None,
@@ -100,7 +98,7 @@ class Workload:
         generator = torch.Generator().manual_seed(workers.rank)
         tokens = torch.randint(subject.vocabulary, (options.batch, options.seq + 1), generator=generator)
         self.tokens, self.targets = (x.to(self.device).contiguous() for x in (tokens[:, :-1], tokens[:, 1:]))
-        self.optimizer = None
+        self.optimizer: torch.optim.Optimizer | None = None
         if self.training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
@@ -114,7 +112,7 @@ class Workload:
     def step(self) -> Tensor:
         """-> loss: (), or logits: (B, T, V)"""
         out = self.forward()
-        if not self.training:
+        if self.optimizer is None:
             return out
         out.backward()
         with record_function(PREFIX + "optimizer"):
@@ -138,7 +136,7 @@ class Workload:
         """Bytes of what is there between steps"""
         weights = itertools.chain(self.unwrapped.parameters(), self.unwrapped.buffers())
         found = {"weights": storage_bytes(weights)}
-        if self.training:
+        if self.optimizer is not None:
             states = (x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
             found["optimizer"] = storage_bytes(states)
         return found
@@ -146,7 +144,7 @@ class Workload:
     def memory(self) -> dict[str, int]:
         """Bytes by what fills them; activations: what forward keeps for backward"""
         found = self.lasting()
-        if not self.training:
+        if self.optimizer is None:
             return found
         found["gradients"] = storage_bytes(self.unwrapped.parameters())
         with kept_for_backward(self.unwrapped.parameters()) as kept:
@@ -171,8 +169,9 @@ class Flops:
 def flops_of(subject: Subject, length: int, training: bool) -> Flops:
     config, passes = subject.config, 3 if training else 1
     if config is None:
-        weights = sum(p.numel() for name, p in subject.plain.named_parameters() if p.ndim == 2 and "wpe" not in name)
-        hf = subject.plain.config
+        plain: Any = subject.models["plain"]
+        weights = sum(p.numel() for name, p in plain.named_parameters() if p.ndim == 2 and "wpe" not in name)
+        hf = plain.config
         scores = 4 * hf.hidden_size * hf.num_hidden_layers * (length + 1) / 2
         total = passes * (2 * weights + scores)
         again = hf.hidden_size * 2 * hf.num_hidden_layers * (length + 1) / 2 if training else 0.0

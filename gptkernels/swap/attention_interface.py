@@ -122,7 +122,8 @@ def recognised(mask_function: Callable) -> tuple[bool, int | None, Tensor | None
         if part is causal_mask_function:
             causal = True
         elif kind == "sliding_window_overlay":
-            window = min(cells["sliding_window"], window or cells["sliding_window"])
+            width = cells["sliding_window"] or None
+            window = width if window is None or width is None else min(width, window)
         elif kind == "sliding_window_bidirectional_overlay":
             # Its distance is counted without the query itself.
             window = cells["sliding_window"] + 1
@@ -170,6 +171,7 @@ def gptkernels_attention(
     **others,
 ) -> tuple[Tensor, None]:
     """query: (B, H, Tq, D), key, value: (B, Hkv, Tk, D), attention_mask: of gptkernels_mask -> (B, Tq, H, D), None"""
+    sliding_window = sliding_window or None  # 0 is how some configurations say that there is none
     try:
         mask = mask_of_call(module, query, key, attention_mask, sliding_window, is_causal, others)
     except Unrepresentable as problem:

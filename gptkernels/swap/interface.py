@@ -3,13 +3,16 @@
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from .modules import FAMILIES, Family, is_replaced
 from .parts import head_reason
 from .report import Left
+from .trial import disagreement, refusal
 
 NAME = "transformers attention"
 # Of the attention module or its configuration: what gptkernels.attention does not have.
@@ -55,6 +58,11 @@ def find(modules: dict[str, nn.Module], found: dict[str, list[Family]], left: li
         reason = reason_against(modules, path, names)
         if reason:
             reasons.setdefault(id(config), reason)
+    for key in set(candidates) - set(reasons):
+        reason = reason_by_trying(modules, candidates[key][0], {key: configs[key]})
+        if reason:
+            reasons[key] = reason
+    left += not_looked_up(modules, found, candidates)
     for key, paths in candidates.items():
         for path in paths:
             if key in reasons:
@@ -87,9 +95,52 @@ def reason_against(modules: dict[str, nn.Module], path: str, families: list[str]
         return None
     if not uses_interface(module):
         return f"{type(module).__name__} does not look its attention up in transformers' AttentionInterface"
-    if not getattr(owner_of(modules, path), "_supports_attention_backend", False):
-        return f"{type(owner_of(modules, path)).__name__} does not support other attentions"
     return None
+
+
+def reason_by_trying(modules: dict[str, nn.Module], path: str, configs: dict[int, Any]) -> str | None:
+    """Why the attentions of that configuration cannot be ours. A model that says itself that they can must not be
+    refused when it runs; of another the outputs must be the same."""
+    from transformers import PreTrainedModel
+
+    whole = next(module for module in modules.values() if isinstance(module, PreTrainedModel))
+
+    @contextmanager
+    def ours() -> Iterator[None]:
+        undo = switch(modules, configs)
+        try:
+            yield
+        finally:
+            undo()
+
+    supported = getattr(owner_of(modules, path), "_supports_attention_backend", False)
+    return refusal(whole, ours) if supported else disagreement(whole, ours)
+
+
+def not_looked_up(modules: dict[str, nn.Module], found: dict[str, list[Family]], candidates: dict) -> list[Left]:
+    """Attentions of transformers that are written out in their modules, and that no family knows."""
+    known = {path for paths in candidates.values() for path in paths}
+    known |= {path for path, families in found.items() if any(family.part == "attention" for family in families)}
+    left = []
+    for path, module in modules.items():
+        name = type(module).__name__
+        inner = [each for each in module.modules() if each is not module and "Attention" in type(each).__name__]
+        around = [other for other in known if path == other or path.startswith(f"{other}.")]
+        ours = type(module).__module__.startswith("transformers.") and not is_replaced(module)
+        if "Attention" in name and ours and not inner and not around:
+            left.append(Left(path, "attention", name, missing_in(module)))
+    return left
+
+
+def missing_in(module: nn.Module) -> str:
+    """What an attention has that gptkernels.attention does not do, by its own code"""
+    names = inspect.unwrap(type(module).forward).__code__
+    words = {*names.co_varnames, *names.co_names, *vars(module), *module._parameters}
+    if words & {"alibi", "position_bias"}:
+        return "it adds ALiBi or a position bias to its scores, which gptkernels.attention does not do"
+    if words & {"r_w_bias", "rel_attn_core"}:
+        return "it adds relative positions to its scores, which gptkernels.attention does not do"
+    return "it writes its attention out, where transformers' AttentionInterface would find ours, and is no family here"
 
 
 def owner_of(modules: dict[str, nn.Module], path: str) -> nn.Module | None:

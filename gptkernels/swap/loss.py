@@ -1,12 +1,16 @@
 """The loss of a causal language model from its hidden states, without its logits."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .modules import FAMILIES, Family, original, settings_of
+from .modules import FAMILIES, Family, Settings, original, settings_of
 from .parts import is_plain
+from .probe import TOLERANCE, undisturbed
+from .replacing import replace, restore
 from .transformers_families import is_a
+from .trial import first_line, inputs, without_hooks
 
 # Their logits are lm_head(hidden states), no more.
 MODELS = (
@@ -25,13 +29,55 @@ MODEL, HEAD = "causal language model", "language model head"
 
 
 def matches(model: nn.Module) -> bool | str:
-    if not any(is_a(model, name, "forward") for name in MODELS):
+    known = any(is_a(model, name, "forward") for name in MODELS)
+    if not known and not looks_like_one(model):
         return False
     if model.lm_head.bias is not None:
         return "its lm_head has a bias, which gptkernels.linear_cross_entropy does not take"
     if not is_plain(model.lm_head):
         return f"its lm_head is a {type(model.lm_head).__name__} with hooks or weights of its own kind"
-    return True
+    return known or difference(model) or True
+
+
+def looks_like_one(model: nn.Module) -> bool:
+    """Whether it is a causal language model of transformers with a head by the usual name."""
+    cls = type(model)
+    causal = "ForCausalLM" in cls.__name__ or cls.__name__.endswith("LMHeadModel")
+    head = model._modules.get("lm_head")
+    return causal and cls.__module__.startswith("transformers.models.") and isinstance(head, nn.Linear)
+
+
+def difference(model: nn.Module) -> str | None:
+    """Why the loss cannot be made in the head's place, by trying: None where the logits are the head's outputs, the
+    loss is transformers' usual one of them, and ours is the same."""
+    if model.lm_head.weight.device.type == "meta":
+        return "it is on the meta device, where its loss cannot be compared"
+    given, seen = inputs(model), []
+    labels = given["input_ids"].clone()
+    labels[:, 2] = -100
+    with torch.no_grad(), undisturbed(model), without_hooks(model):
+        hook = model.lm_head.register_forward_hook(lambda head, arguments, out: seen.append(out))
+        try:
+            before = model.forward(**given, labels=labels, use_cache=False)
+        except Exception as error:
+            return f"its loss could not be tried: {type(error).__name__}: {first_line(error)}"
+        finally:
+            hook.remove()
+        if len(seen) != 1 or not torch.equal(before["logits"].float(), seen[0].float()):
+            return "its logits are more than its head's outputs, which gptkernels.linear_cross_entropy does not do"
+        for module, family in ((model, MODEL), (model.lm_head, HEAD)):
+            replace(module, (family,), Settings())
+        try:
+            model.training = True  # of this module alone: nothing below it drops out
+            after = model.forward(**given, labels=labels, use_cache=False)
+        finally:
+            for module in (model, model.lm_head):
+                restore(module)
+    expected, found = before["loss"].float(), after["loss"].float()
+    tolerance = TOLERANCE.get(model.lm_head.weight.dtype, 1e-4)
+    if after.get("logits") is not None or (found - expected).abs() > tolerance * expected.abs():
+        return "its loss is not transformers' usual one of causal language models"
+    return None
 
 
 def model_forward(model: nn.Module, *args, labels: Tensor | None = None, **kwargs):
@@ -52,6 +98,10 @@ def model_forward(model: nn.Module, *args, labels: Tensor | None = None, **kwarg
 
 def takes_loss(model: nn.Module, labels: Tensor | None, kwargs: dict) -> bool:
     all_logits = kwargs.get("logits_to_keep", 0) in (0, None)
+    # Mixtures of experts add the router's own loss where they are asked for its logits.
+    router = kwargs.get("output_router_logits")
+    if getattr(model.config, "output_router_logits", False) if router is None else router:
+        return False
     return labels is not None and model.training and all_logits and has_usual_loss(model) and is_plain(model.lm_head)
 
 

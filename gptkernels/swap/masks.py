@@ -15,6 +15,7 @@ and cost nothing. What differs from row to row is in the columns; no column wher
     causal_any  (hidden, *order)         keys in this order, the first `hidden` of which nobody sees, then as causal
     documents   (*cu_seqlens)            packed documents, one after the other over all rows
     full        (), (start)              all keys from start on
+    full_documents (*cu_seqlens)         packed documents, all keys of the query's own; padding is a document too
     full_any    (hidden, *order)         keys in this order, the first `hidden` of which nobody sees
 """
 
@@ -27,7 +28,7 @@ from ..ops.attention import attention, decode_attention
 from ..ops.attention.decode.op import MAX_TOKENS
 from ..ops.attention.visibility import visible, visible_at
 
-KINDS = ("causal", "prefill", "cache", "causal_any", "documents", "full", "full_any")
+KINDS = ("causal", "prefill", "cache", "causal_any", "documents", "full", "full_any", "full_documents")
 
 
 class Unrepresentable(NotImplementedError):
@@ -44,6 +45,10 @@ class Mask(NamedTuple):
     @property
     def causal(self) -> bool:
         return not self.kind.startswith("full")
+
+    @property
+    def packed(self) -> bool:
+        return self.kind.endswith("documents")
 
 
 def write(kind: str, window: int | None, columns: Tensor) -> Tensor:
@@ -121,8 +126,22 @@ def full_mask(keys: int, window: int | None, real: Tensor | None, device: torch.
         if left:
             return write("full", window, start)
     if window is not None:
-        raise Unrepresentable("attention_mask hides keys after visible ones, and the attention has a window")
+        return ranges_mask(real, window)
     return write("full_any", None, hidden_first(real))
+
+
+def ranges_mask(real: Tensor, window: int) -> Tensor:
+    """Of keys that are all queries too. real: (B, T) bool, in each row True for tokens that are next to each other"""
+    contiguous = is_contiguous(real).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(contiguous, "attention_mask: hidden keys between visible ones are not compiled")
+    elif not contiguous:
+        raise Unrepresentable("attention_mask hides keys between visible ones, and a window counts hidden keys too")
+    rows, tokens = real.shape
+    start, first = real.int().argmax(1), torch.arange(rows, device=real.device) * tokens
+    # Of each row three documents: what is before the real tokens, they, and what is after them.
+    bounds = torch.stack((first, first + start, first + start + real.sum(1)), 1).flatten()
+    return write("full_documents", window, torch.cat((bounds, bounds.new_full((1,), rows * tokens))).view(1, -1))
 
 
 def document_mask(documents: Tensor, window: int | None) -> Tensor:
@@ -145,11 +164,11 @@ def hidden_first(visible: Tensor) -> Tensor:
 
 def visible_keys(mask: Mask, rows: int, queries: int, keys: int, device: torch.device) -> Tensor:
     """The same mask as transformers' own functions take it: (rows, 1, queries, keys) bool, True for visible."""
-    columns = mask.columns.to(device).expand(rows, -1) if mask.kind != "documents" else mask.columns
-    if mask.kind == "documents":
+    columns = mask.columns if mask.packed else mask.columns.to(device).expand(rows, -1)
+    if mask.packed:
         document = torch.bucketize(torch.arange(rows * queries, device=device), columns[0].to(device), right=True)
         document = document.view(rows, 1, -1)
-        seen = visible(queries, keys, True, mask.window, device=device) & (document.mT == document)
+        seen = visible(queries, keys, mask.causal, mask.window, device=device) & (document.mT == document)
         return seen.unsqueeze(1)
     key = torch.arange(keys, device=device)
     if mask.kind.endswith("_any"):
@@ -177,7 +196,7 @@ def attend(
     """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D). What a padding query gives is finite, and no more."""
     window, columns = mask.window, mask.columns
     options = {"causal": mask.causal, "window": window, "scale": scale, "dropout": dropout, "backend": backend}
-    if mask.kind == "documents":
+    if mask.packed:
         rows = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v)]
         out = attention(*rows, cu_seqlens=columns.flatten(), **options)
         return out.view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)

@@ -102,7 +102,7 @@ def blocks(queries: int, keys: int, causal: bool, window: int | None) -> Iterato
     if window is None and not causal:
         yield Block(slice(0, queries), slice(0, keys), offset, causal, window)
         return
-    ahead = 0 if causal else window - 1
+    ahead = 0 if causal or window is None else window - 1
     rows = 256 if window is None else min(256, max(64, window // 4))
     for start in range(max(0, -offset - ahead), queries, rows):
         stop = min(start + rows, queries)
@@ -132,6 +132,7 @@ def attention_fwd(
         q_part, out_part = part.select(q, part.queries), part.select(out, part.queries)
         k_part, v_part = part.select(k, part.keys), part.select(v, part.keys)
         lse_part = part.select_lse(lse)
+        bad = None
         if whole(q, q_part, k_part, causal, window, dropout):
             out_whole, lse_whole, bad = fused_or_bad(q_part, k_part, v_part, None, True, scale)
             if bad is None:
@@ -140,11 +141,11 @@ def attention_fwd(
         for block in blocks(q_part.shape[2], k_part.shape[2], causal, window):
             qb, kb, vb = q_part[:, :, block.queries], k_part[:, :, block.keys], v_part[:, :, block.keys]
             seen, keep = block.seen(q.device), None
-            if dropout:
+            if seed is not None:
                 keep = kept(seed, part, block, lse, dropout)
             out_block, lse_block = block_fwd(qb, kb, vb, seen, keep, scale)
             out_part[:, :, block.queries], lse_part[:, :, block.queries] = out_block, lse_block
-        if whole(q, q_part, k_part, causal, window, dropout):
+        if bad is not None:
             before = (bad.cumsum(-1) == 0).repeat_interleave(q_part.shape[1] // k_part.shape[1], 1)
             out_part.copy_(torch.where(before.unsqueeze(-1), out_whole, out_part))
             lse_part.copy_(torch.where(before, lse_whole, lse_part))
@@ -189,7 +190,7 @@ def attention_bwd(
             qb, ob, gb = (x[:, :, block.queries] for x in (q_part, out_part, dout_part))
             kb, vb = k_part[:, :, block.keys], v_part[:, :, block.keys]
             seen, keep = block.seen(q.device), None
-            if dropout:
+            if seed is not None:
                 keep = kept(seed, part, block, lse, dropout)
             dq_block, dk_block, dv_block = block_bwd(
                 gb, qb, kb, vb, ob, lse_part[:, :, block.queries], seen, keep, scale
@@ -232,6 +233,8 @@ def block_fwd(
         out, lse, bad = fused_or_bad(q, k, v, seen, False, scale)
         if bad is None:
             return out, lse
+        # Where every query sees every key, nothing is spoiled that should not be, and bad is None.
+        assert seen is not None
         reached = (seen & bad.unsqueeze(2)).any(-1).repeat_interleave(q.shape[1] // k.shape[1], 1)
         exact = block_exact(q, k, v, seen, None, scale)
         return torch.where(reached.unsqueeze(-1), exact[0].to(out.dtype), out), torch.where(reached, exact[1], lse)

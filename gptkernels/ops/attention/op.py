@@ -1,6 +1,7 @@
 """Attention, dense or banded, over whole sequences."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch import Call, op
@@ -11,7 +12,9 @@ from ..dropout import draw_seed
 from . import cuda_kernels, eager, triton_kernels
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
-HEAD_SIZES = range(16, 257)
+HEAD_SIZES = range(1, 257)
+# What kernels begin at: smaller heads are padded to it with zeros, which change no score.
+SMALLEST_HEAD = 16
 
 
 @op
@@ -30,7 +33,8 @@ def attention(
 ) -> Call[Tensor]:
     """softmax(q k^T * scale) v over the keys that each query sees, the last query being at the last key.
 
-    q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D) in q's memory order. Hkv divides H, D is 16 ... 256.
+    q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D) in q's memory order. Hkv divides H, D is 1 ... 256 (copied
+    and padded below 16).
     Strides are free as long as the last dimension is contiguous; a tensor where it is not is copied once.
 
     window: how many keys a query sees, its own included (causal), or keys at a distance below `window`
@@ -51,11 +55,13 @@ def attention(
     window = None if window is None or window >= longest else window
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = (key_start, cu_seqlens, causal, window, scale, float(dropout))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    head_size = q.shape[-1]
+    q, k, v = (padded_head(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v))
     arguments = (q, k, v, *options)
 
     def run(kernels):
-        return AttentionFunction.apply(kernels, *arguments)
+        out = AttentionFunction.apply(kernels, *arguments)
+        return out if head_size >= SMALLEST_HEAD else out[..., :head_size]
 
     return Call("attention", BACKENDS, backend, q.device, arguments, run)
 
@@ -79,6 +85,11 @@ class AttentionFunction(torch.autograd.Function):
         return None, *first_order_only("attention", grads, (dout, q, k, v)), None, None, None, None, None, None
 
 
+def padded_head(x: Tensor) -> Tensor:
+    """x: (..., D) -> (..., at least SMALLEST_HEAD)"""
+    return x if x.shape[-1] >= SMALLEST_HEAD else F.pad(x, (0, SMALLEST_HEAD - x.shape[-1]))
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str] = ("k", "v")) -> None:
     """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), or packed (T, H, D), (T, Hkv, D)"""
     ndim = 3 if packed else 4
@@ -90,7 +101,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str,
         if x.ndim != ndim:
             raise ValueError(f"{name} must have shape {layout}, not {tuple(x.shape)}")
     if q.shape[-1] not in HEAD_SIZES:
-        raise ValueError(f"q must have a head size (last dimension) of 16 ... 256, not {q.shape[-1]}")
+        raise ValueError(f"q must have a head size (last dimension) of 1 ... 256, not {q.shape[-1]}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if not kv_heads or heads % kv_heads or not heads:
         raise ValueError(f"{names[0]} must have a number of heads that divides q's {heads}, not {kv_heads}")

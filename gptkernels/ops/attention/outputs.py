@@ -6,7 +6,8 @@ from torch import Tensor
 
 def empty_in_order_of(x: Tensor) -> Tensor:
     """x: (..., D), any strides -> a dense tensor of x's shape, dtype and order of dimensions in memory, D innermost"""
-    order = sorted(range(x.dim() - 1), key=lambda i: -x.stride(i)) + [x.dim() - 1]
+    strides = x.stride()
+    order = sorted(range(x.dim() - 1), key=lambda i: -strides[i]) + [x.dim() - 1]
     dense = torch.empty([x.shape[i] for i in order], dtype=x.dtype, device=x.device)
     return dense.permute([order.index(i) for i in range(x.dim())])
 

@@ -26,11 +26,10 @@ def attention(
         out = torch.zeros_like(q)
         bounds = cu_seqlens.tolist()
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            document = [x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+            one, two, three = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             rows = torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1) * q.shape[0] + start
-            out[start:end] = _attend(*document, None, causal, window, scale, dropout, seed, rows, start)[0].transpose(
-                0, 1
-            )
+            of_document = _attend(one, two, three, None, causal, window, scale, dropout, seed, rows, start)
+            out[start:end] = of_document[0].transpose(0, 1)
         return out
     rows = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1) * q.shape[2]
     return _attend(q, k, v, key_start, causal, window, scale, dropout, seed, rows, 0)

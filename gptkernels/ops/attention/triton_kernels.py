@@ -37,7 +37,9 @@ def unsupported(
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
-    return x.stride()[:3] if x.dim() == 4 else (0, x.stride(1), x.stride(0))
+    if x.dim() == 4:
+        return x.stride(0), x.stride(1), x.stride(2)
+    return 0, x.stride(1), x.stride(0)
 
 
 def shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout):

@@ -23,8 +23,8 @@ def layer_norm_fwd(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual: (M, N), weight, bias: (N,), seed: (1,) -> y, h = dropout(x) + residual: (M, N), mean, rstd: (M,)"""
-    if dropout:
-        x_kept = x.float() * keep_mask(seed, *x.shape, dropout) / (1 - dropout)
+    if seed is not None:
+        x_kept = x.float() * keep_mask(seed, x.shape[0], x.shape[1], dropout) / (1 - dropout)
     else:
         x_kept = x
     # h has a dtype of its own and is rounded to it once, as the other backends do.
@@ -62,8 +62,8 @@ def layer_norm_bwd(
     )
     grad_h = grad_h if dh is None else grad_h + dh
     grad_x = dy.new_empty(0)
-    if dropout:
-        grad_x = (grad_h * keep_mask(seed, *h.shape, dropout) / (1 - dropout)).to(dy.dtype)
+    if seed is not None:
+        grad_x = (grad_h * keep_mask(seed, h.shape[0], h.shape[1], dropout) / (1 - dropout)).to(dy.dtype)
     elif dy.dtype != h.dtype:
         grad_x = grad_h.to(dy.dtype)
     return (

@@ -25,7 +25,7 @@ def add_layer_norm(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x, residual: (..., N), weight, bias: (N,), seed: (1,) int64 -> y: (..., N), x + residual: (..., N)"""
-    if dropout:
+    if seed is not None:
         keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], dropout).view(x.shape)
         x_kept = x * keep / (1 - dropout)
     else:

@@ -70,11 +70,11 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             operands = x.to(ctx.dtype), weight.to(ctx.dtype), targets, lse
             dloss = dloss.contiguous()
             grad_x, grad_weight = ctx.kernels.linear_cross_entropy_bwd(dloss, *operands, *ctx.options)
-            grads = grad_x.to(x.dtype), grad_weight
+            found = grad_x.to(x.dtype), grad_weight
         else:
             scaled = later if is_one(dloss) else [grad * dloss for grad in later]
-            grads = [grad.to(source.dtype) for grad, source in zip(scaled, (x, weight), strict=True)]
-        grads = tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[1:3], strict=True))
+            found = tuple(grad.to(source.dtype) for grad, source in zip(scaled, (x, weight), strict=True))
+        grads = tuple(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad[1:3], strict=True))
         return (
             None,
             *first_order_only("linear_cross_entropy", grads, (dloss, x, weight)),

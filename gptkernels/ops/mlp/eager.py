@@ -109,12 +109,12 @@ def other_grads(
     proj_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mlp_bwd's results, where kernels have made grad_preact: (M, hidden) and its column sums in parts: (P, hidden)"""
-    needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
+    needs_x, needs_fc_weight, _, needs_proj_weight, needs_proj_bias = needs
     none = torch.empty((0,), dtype=x.dtype, device=x.device)
     return (
         grad_preact @ fc_weight if needs_x else none,
         weight_grad(grad_preact, x, fc_weight, fc_sum) if needs_fc_weight else none,
-        partials.sum(0).to(x.dtype) if needs_fc_bias else none,
+        none if partials is None else partials.sum(0).to(x.dtype),
         weight_grad(dout, act, proj_weight, proj_sum) if needs_proj_weight else none,
         column_sum(dout) if needs_proj_bias else none,
     )

@@ -54,10 +54,11 @@ def bwd_outputs(
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         return out.mT if columns_first else out
 
-    return tuple(
+    x_grad, fc_weight_grad, fc_bias_grad, proj_weight_grad, proj_bias_grad = (
         grad(shape, columns_first) if needed else grad((0,), False)
         for shape, columns_first, needed in zip(shapes, transposed, needs, strict=True)
     )
+    return x_grad, fc_weight_grad, fc_bias_grad, proj_weight_grad, proj_bias_grad
 
 
 def is_transposed(weight: Tensor) -> bool:

@@ -241,12 +241,12 @@ def mlp_bwd(
     weights are added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
     needs_fc_bias, needs_proj_weight = needs[2:4]
     if x.shape[0] == 0:
-        return tuple(
-            grad.zero_()
-            for grad in bwd_outputs(
-                dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
-            )
+        grads = bwd_outputs(
+            dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
         )
+        for grad in grads:
+            grad.zero_()
+        return grads
     if save == "input":
         preact = linear(x, fc_weight, fc_bias)
     remade = None

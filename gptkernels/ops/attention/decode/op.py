@@ -6,7 +6,7 @@ from torch import Tensor
 from ....dispatch import Call, op
 from ... import checks
 from ...autocast import autocast
-from ..op import check_heads, check_scale, check_window
+from ..op import SMALLEST_HEAD, check_heads, check_scale, check_window, padded_head
 from . import eager, triton_kernels
 
 BACKENDS = {"triton": triton_kernels, "eager": eager}
@@ -47,11 +47,13 @@ def decode_attention(
     if window is not None and window > k_cache.shape[2]:
         window = None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    head_size = q.shape[-1]
+    q, k_cache, v_cache = (padded_head(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k_cache, v_cache))
     arguments = (q, k_cache, v_cache, lengths, window, scale)
 
     def run(kernels):
-        return kernels.decode_attention_fwd(*arguments)
+        out = kernels.decode_attention_fwd(*arguments)
+        return out if head_size >= SMALLEST_HEAD else out[..., :head_size]
 
     return Call("decode_attention", BACKENDS, backend, q.device, arguments, run)
 
