@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from attention_build import Builder, using
+from kernel_variants import Builder, using
 
 import gptkernels as gk
 from gptkernels import cuda_build, simulator
@@ -119,7 +119,7 @@ def main() -> int:
     files = arguments.files
     caught, harmless, missed = 0, 0, []
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        builder = Builder(Path(folder))
+        builder = Builder(Path(folder), "attention")
         if not survives(builder.build("unchanged", {})):
             sys.exit("the kernels fail without any change")
         for file in files:

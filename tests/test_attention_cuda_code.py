@@ -6,8 +6,8 @@ from functools import cache
 
 import pytest
 import torch
-from attention_build import Builder, using
 from compile_gate import tool
+from kernel_variants import Builder, using
 
 from gptkernels import cuda_build, cuda_library, simulator
 from gptkernels.ops.attention import cuda_kernels
@@ -73,7 +73,7 @@ def main_kernel_last(tmp_path_factory):
     text = (cuda_build.source_directory() / "attention" / file).read_text()
     edited, count = re.subn(r"attention_bwd_end_kernel<T, HeadDim><<<[^;]*;", ";", text)
     assert count == 1
-    return Builder(tmp_path_factory.mktemp("build")).build("main_last", {file: edited})
+    return Builder(tmp_path_factory.mktemp("build"), "attention").build("main_last", {file: edited})
 
 
 def counters():

@@ -12,7 +12,7 @@ if not cuda_build.find_nvcc():
     pytest.skip("needs nvcc", allow_module_level=True)
 
 import mutate_attention
-from attention_build import Builder
+from kernel_variants import Builder
 
 EVERY = 12
 REMOVALS = [
@@ -25,7 +25,7 @@ REMOVALS = [
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory):
-    return Builder(tmp_path_factory.mktemp("mutations"))
+    return Builder(tmp_path_factory.mktemp("mutations"), "attention")
 
 
 def test_there_is_much_to_remove():

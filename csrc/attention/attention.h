@@ -34,7 +34,7 @@ struct AttentionFwdParams {
     void* out;              // as q
     AttentionStrides q_strides, k_strides, v_strides, out_strides;
     float* lse;         // (batch, heads, q_len) or (heads, q_len), natural logarithm
-    int* tile_counter;  // (1,), scratch
+    int* tile_counter;  // (2,), zeros, which the kernel leaves as zeros; not shared with launches at the same time
 };
 
 struct AttentionBwdParams {
@@ -49,7 +49,7 @@ struct AttentionBwdParams {
     void* workspace;  // attention_bwd_workspace_bytes of it, aligned to 16 bytes
 };
 
-cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
-cudaError_t attention_bwd(const AttentionBwdParams& params, cudaStream_t stream);
+void attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
+void attention_bwd(const AttentionBwdParams& params, cudaStream_t stream);
 
 int64_t attention_bwd_workspace_bytes(const AttentionShape& shape);

@@ -61,7 +61,7 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
             }
             index = gridDim.x + atomicAdd(args.workspace.tile_counter, 1);
         }
-        index = __shfl_sync(~0u, index, 0);
+        index = from_leader(index, leader);
     }
 }
 

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
 }
 
 template <class T, int HeadDim>
-cudaError_t attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
+void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
     using C = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
     const int group = shape.heads / shape.kv_heads;
@@ -119,16 +119,15 @@ cudaError_t attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t 
     pass.lse = params.lse;
     pass.dq = params.dq;
 
+    bind_device();
     AttentionBwdArguments args;
-    constexpr auto type = tensor_map_type<T>();
-    auto map = [&](CUtensorMap* to, const void* data, const AttentionStrides& strides, int heads, int rows, int box) {
-        return attention_tensor_map(to, type, data, strides, shape, heads, rows, C::kPanel, box);
+    auto map = [&](const char* tensor, const void* data, const AttentionStrides& strides, int heads, int rows, int box) {
+        return attention_tensor_map<T>(tensor, data, strides, shape, heads, rows, C::kPanel, box);
     };
-    if (!map(&args.q, params.q, params.q_strides, shape.heads, shape.q_len, C::kBlockM) ||
-        !map(&args.dout, params.dout, params.dout_strides, shape.heads, shape.q_len, C::kBlockM) ||
-        !map(&args.k, params.k, params.k_strides, shape.kv_heads, shape.k_len, C::kBlockN) ||
-        !map(&args.v, params.v, params.v_strides, shape.kv_heads, shape.k_len, C::kBlockN))
-        return cudaErrorInvalidValue;
+    args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, C::kBlockM);
+    args.dout = map("dout", params.dout, params.dout_strides, shape.heads, shape.q_len, C::kBlockM);
+    args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, C::kBlockN);
+    args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, C::kBlockN);
     args.shape = shape;
     // Queries, dout and float32 dq are what blocks of keys share.
     args.order = attention_tile_order(shape, shape.kv_heads, shape.k_len, C::kBlockN,
@@ -140,15 +139,11 @@ cudaError_t attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t 
     args.workspace = pass.workspace;
     args.deterministic = params.deterministic;
 
-    const int64_t passes = attention_tile_count(shape, pass.order, shape.q_len, C::kBlockM);
+    const unsigned passes = attention_tile_count(shape, pass.order, shape.q_len, C::kBlockM);
     const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, C::kBlockN);
-    const auto kernel = attention_bwd_kernel<T, HeadDim>;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes))
-        return error;
-    attention_bwd_begin_kernel<T, HeadDim><<<unsigned(passes), 256, 0, stream>>>(pass);
-    if (cudaError_t error = cudaGetLastError()) return error;
-    kernel<<<int(tiles < params.sm_count ? tiles : params.sm_count), C::kThreads, C::kSharedBytes, stream>>>(args);
-    if (cudaError_t error = cudaGetLastError()) return error;
-    attention_bwd_end_kernel<T, HeadDim><<<unsigned(passes), 256, 0, stream>>>(pass);
-    return cudaGetLastError();
+    const unsigned ctas = unsigned(tiles < params.sm_count ? tiles : params.sm_count);
+    const LaunchShape pass_shape = {passes, 256, 0, stream};
+    launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", pass_shape, pass);
+    launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel", {ctas, C::kThreads, C::kSharedBytes, stream}, args);
+    launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", pass_shape, pass);
 }

@@ -69,7 +69,7 @@ __device__ __forceinline__ void attention_fwd_produce(const AttentionFwdArgument
         const int block = locate_tile<C::kBlockM>(shape, args.order, index, &tile);
         if (leader) mbarrier_arrive(shared + C::kTileFull + 8 * slot.stage());
         slot.advance();
-        if (block < 0) return;
+        if (block < 0) break;
         if (leader) {
             const int query = tile.block * C::kBlockM;
             const int kv_head = tile.head / (shape.heads / shape.kv_heads);
@@ -104,9 +104,10 @@ __device__ __forceinline__ void attention_fwd_produce(const AttentionFwdArgument
             if (blocks.begin < blocks.end) load_block(&args.v, C::kVFull, C::kVEmpty, C::kV, v_place, blocks.begin);
             index = gridDim.x + atomicAdd(args.tile_counter, 1);
         }
-        index = __shfl_sync(~0u, index, 0);
+        index = from_leader(index, leader);
         q_place.advance();
     }
+    if (leader) leave_tile_counter(args.tile_counter);
 }
 
 template <class T, int HeadDim>
@@ -330,18 +331,17 @@ __global__ void __launch_bounds__(AttentionFwdTraits<HeadDim>::kThreads, 1)
 }
 
 template <class T, int HeadDim>
-cudaError_t attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream) {
+void attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream) {
     using C = AttentionFwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
+    bind_device();
     AttentionFwdArguments args;
-    constexpr auto type = tensor_map_type<T>();
-    if (!attention_tensor_map(&args.q, type, params.q, params.q_strides, shape, shape.heads, shape.q_len, C::kPanel,
-                              64) ||
-        !attention_tensor_map(&args.k, type, params.k, params.k_strides, shape, shape.kv_heads, shape.k_len, C::kPanel,
-                              C::kBlockN) ||
-        !attention_tensor_map(&args.v, type, params.v, params.v_strides, shape, shape.kv_heads, shape.k_len, C::kPanel,
-                              C::kBlockN))
-        return cudaErrorInvalidValue;
+    auto map = [&](const char* tensor, const void* data, const AttentionStrides& strides, int heads, int rows, int box) {
+        return attention_tensor_map<T>(tensor, data, strides, shape, heads, rows, C::kPanel, box);
+    };
+    args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, 64);
+    args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, C::kBlockN);
+    args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, C::kBlockN);
     args.shape = shape;
     args.order = attention_tile_order(shape, shape.heads, shape.q_len, C::kBlockM,
                                       int64_t(shape.k_len) * HeadDim * 4 * shape.kv_heads / shape.heads, true);
@@ -350,10 +350,6 @@ cudaError_t attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t 
     args.lse = params.lse;
     args.tile_counter = params.tile_counter;
     const int64_t tiles = attention_tile_count(shape, args.order, shape.q_len, C::kBlockM);
-    if (cudaError_t error = cudaMemsetAsync(params.tile_counter, 0, sizeof(int), stream)) return error;
-    const auto kernel = attention_fwd_kernel<T, HeadDim>;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes))
-        return error;
-    kernel<<<int(tiles < params.sm_count ? tiles : params.sm_count), C::kThreads, C::kSharedBytes, stream>>>(args);
-    return cudaGetLastError();
+    const unsigned ctas = unsigned(tiles < params.sm_count ? tiles : params.sm_count);
+    launch<attention_fwd_kernel<T, HeadDim>>("attention_fwd_kernel", {ctas, C::kThreads, C::kSharedBytes, stream}, args);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention/attention.h"
 #include "common/hopper.cuh"
+#include "common/tensor_map.h"
 
 // A block of rows (queries in the forward pass, keys in the backward) of one head of one sequence.
 struct __align__(16) AttentionTile {
@@ -35,16 +36,18 @@ inline int64_t attention_tile_count(const AttentionShape& shape, const Attention
 }
 
 // (head_dim, rows, heads, batch), in boxes of one swizzled panel.
-inline bool attention_tensor_map(CUtensorMap* map, CUtensorMapDataType type, const void* data,
-                                 const AttentionStrides& strides, const AttentionShape& shape, int heads, int rows,
-                                 int panel, int box_rows) {
+template <class T>
+CUtensorMap attention_tensor_map(const char* tensor, const void* data, const AttentionStrides& strides,
+                                 const AttentionShape& shape, int heads, int rows, int panel, int box_rows) {
     const int batch = shape.cu_seqlens ? 1 : shape.batch;
     // A dimension of one entry may have any stride in torch; the driver wants a multiple of 16 bytes.
     auto bytes = [&](int64_t stride, int entries) { return cuuint64_t(entries > 1 ? 2 * stride : 16); };
-    const cuuint64_t dims[4] = {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
-    const cuuint64_t steps[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
-    const cuuint32_t box[4] = {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1};
-    return encode_tensor_map(map, type, 2, data, 4, dims, steps, box) == CUDA_SUCCESS;
+    return encode_tensor_map<T>(
+        tensor, data,
+        {4,
+         {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)},
+         {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)},
+         {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1}});
 }
 
 #ifdef __CUDACC__
@@ -101,6 +104,15 @@ __device__ __forceinline__ int locate_tile(const AttentionShape& shape, const At
     if (lane == 0) *tile = {batch, head % order.heads, block, 0, 0, shape.q_len, shape.k_len, key_start};
     __syncwarp();
     return block;
+}
+
+// Of one thread of each CTA that is out of tiles: the last of them leaves the counter as the next launch expects it.
+// counter: (2,), the tiles that were taken and the CTAs that are done.
+__device__ __forceinline__ void leave_tile_counter(int* counter) {
+    __threadfence();
+    if (atomicAdd(counter + 1, 1) != gridDim.x - 1) return;
+    __threadfence();
+    counter[0] = counter[1] = 0;
 }
 
 // Keys first ... last, both visible; empty when last < first.

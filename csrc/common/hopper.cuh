@@ -3,40 +3,9 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <stdint.h>
 
 #include <type_traits>
-
-// Host: tensor maps.
-
-// dims, strides (bytes, of dimensions 1 and up) and box innermost first; the swizzle is as wide as the box's rows.
-inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* data,
-                                  int rank, const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box) {
-    // The driver is asked for its entry point at run time so that nothing links against it.
-    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static const Encode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) !=
-                cudaSuccess ||
-            found != cudaDriverEntryPointSuccess)
-            function = nullptr;
-        return Encode(function);
-    }();
-    if (!encode) return CUDA_ERROR_NOT_FOUND;
-    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-    const auto swizzle = box[0] * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-    return encode(map, type, rank, const_cast<void*>(data), dims, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-}
-
-template <class T>
-constexpr CUtensorMapDataType tensor_map_type() {
-    return std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-}
 
 #ifdef __CUDACC__
 
@@ -53,6 +22,11 @@ __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
     asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
     return elected;
+}
+
+// To all lanes what the elected one has; which of them that is, nobody promises.
+__device__ __forceinline__ int from_leader(int value, bool leader) {
+    return __shfl_sync(~0u, value, __ffs(__ballot_sync(~0u, leader)) - 1);
 }
 
 template <int Registers>

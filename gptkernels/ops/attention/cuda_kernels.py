@@ -43,13 +43,29 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return tuple(x.stride()[:3]) if x.ndim == 4 else (0, x.stride(1), x.stride(0))
 
 
-def shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale) -> tuple:
+def shape_fields(q, k, key_start, cu_seqlens, causal, window, scale) -> dict:
     """csrc/attention/attention.h's AttentionShape"""
     packed = cu_seqlens is not None
     batch, q_len, k_len = (cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]) if packed else (*q.shape[::2], k.shape[2])
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
-    right = 0 if causal else left
-    return batch, q.shape[1], k.shape[1], q_len, k_len, q.shape[-1], left, right, scale, key_start, cu_seqlens
+    return {
+        "batch": batch,
+        "heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "q_len": q_len,
+        "k_len": k_len,
+        "head_dim": q.shape[-1],
+        "left": left,
+        "right": 0 if causal else left,
+        "scale": scale,
+        "key_start": key_start,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def tensor_fields(**tensors: Tensor) -> dict:
+    """Tensors with head and token dimensions, and their strides"""
+    return tensors | {f"{name}_strides": strides(x) for name, x in tensors.items()}
 
 
 @torch_op(fake=fwd_outputs)
@@ -71,19 +87,13 @@ def attention_fwd(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(cuda_library.addressable, (q, k, v))
-    cuda_library.launch(
-        "attention_fwd",
-        q,
-        k,
-        v,
-        out,
-        lse,
-        torch.empty((1,), dtype=torch.int32, device=q.device),
-        *map(strides, (q, k, v, out)),
-        cuda_library.DTYPE[q.dtype],
-        hardware.sm_count(q.device),
-        *shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale),
-    )
+    fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
+    fields |= tensor_fields(q=q, k=k, v=v, out=out)
+    fields["lse"] = lse
+    fields["dtype"] = cuda_library.DTYPE[q.dtype]
+    fields["sm_count"] = hardware.sm_count(q.device)
+    fields["tile_counter"] = cuda_library.zeroed_counters(q.device)
+    cuda_library.launch("attention_fwd", q.device, fields)
     return out, lse
 
 
@@ -114,18 +124,14 @@ def attention_bwd(
             grad.zero_()
         return grads
     dout, q, k, v = map(cuda_library.addressable, (dout, q, k, v))
-    shape = shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale)
-    addresses = (0 if x is None else x.data_ptr() for x in (key_start, cu_seqlens))
-    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(*shape[:-2], *addresses)
-    tensors = (dout, q, k, v, out, lse, *grads)
-    cuda_library.launch(
-        "attention_bwd",
-        *tensors,
-        torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device),
-        *(strides(x) for x in tensors if x is not lse),
-        cuda_library.DTYPE[q.dtype],
-        hardware.sm_count(q.device),
-        deterministic,
-        *shape,
-    )
+    fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
+    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(fields)
+    dq, dk, dv = grads
+    fields |= tensor_fields(dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
+    fields["lse"] = lse
+    fields["workspace"] = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device)
+    fields["dtype"] = cuda_library.DTYPE[q.dtype]
+    fields["sm_count"] = hardware.sm_count(q.device)
+    fields["deterministic"] = deterministic
+    cuda_library.launch("attention_bwd", q.device, fields)
     return grads
