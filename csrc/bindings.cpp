@@ -69,7 +69,7 @@ void read(Fields& fields, AttentionFwdParams& p) {
 
 void read(Fields& fields, AttentionBwdParams& p) {
     read(fields, p.shape);
-    fields FIELD(dtype) FIELD(sm_count) FIELD(deterministic) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
+    fields FIELD(dtype) FIELD(sm_count) FIELD(dq_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
         FIELD(dq) FIELD(dk) FIELD(dv) FIELD(dout_strides) FIELD(q_strides) FIELD(k_strides) FIELD(v_strides)
         FIELD(out_strides) FIELD(dq_strides) FIELD(dk_strides) FIELD(dv_strides) FIELD(workspace);
 }

@@ -1,12 +1,10 @@
 """What the compiler made of the CUDA attention kernels, and what they execute: registers, instructions, bytes."""
 
 import re
-import subprocess
-from functools import cache
 
 import pytest
+import sass
 import torch
-from compile_gate import tool
 from kernel_variants import Builder, using
 
 from gptkernels import cuda_build, cuda_library, simulator
@@ -17,12 +15,6 @@ from gptkernels.ops.attention import cuda_kernels
 FLASH_ATTENTION_3 = {("fwd", 1024): 0.748, ("fwd", 2048): 0.677, ("bwd", 512): 0.665, ("bwd", 1024): 0.616}
 
 
-@cache
-def library_listing(what: str) -> str:
-    path = cuda_library.load().__file__
-    return subprocess.run([str(tool("cuobjdump")), what, path], capture_output=True, text=True, check=True).stdout
-
-
 @pytest.fixture
 def library():
     reason = simulator.cuda_unavailable()
@@ -31,14 +23,13 @@ def library():
     return cuda_library.load()
 
 
-def kernels(listing: str, mark: str) -> dict[str, str]:
-    """The parts of a listing by mangled kernel name, of the attention kernels."""
-    parts = re.split(rf"{mark}\s*(_Z\w*)", listing)
-    return {name: part for name, part in zip(parts[1::2], parts[2::2], strict=True) if "attention" in name}
+def kernels(what: str) -> dict[str, str]:
+    """What cuobjdump says of the attention kernels, by name."""
+    return {name: part for name, part in sass.listing(what).items() if "attention" in name}
 
 
 def test_no_kernel_spills(library):
-    resources = kernels(library_listing("--dump-resource-usage"), "Function")
+    resources = kernels("--dump-resource-usage")
     assert len(resources) >= 26
     for name, text in resources.items():
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
@@ -50,8 +41,8 @@ def test_no_kernel_spills(library):
 
 
 def test_the_instructions_that_are_meant(library):
-    sass = kernels(library_listing("--dump-sass"), r"Function :")
-    main = {name: text for name, text in sass.items() if re.search(r"attention_[fb]wd_kernel", name)}
+    code = kernels("--dump-sass")
+    main = {name: text for name, text in code.items() if re.search(r"attention_[fb]wd_kernel", name)}
     assert len(main) >= 14
     for name, text in main.items():
         for instruction in ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "SYNCS"):
@@ -71,7 +62,7 @@ def main_kernel_last(tmp_path_factory):
         pytest.skip("this torch brings a CUDA runtime of its own, which libraries bind to instead of the simulator's")
     file = "attention_bwd_passes.cuh"
     text = (cuda_build.source_directory() / "attention" / file).read_text()
-    edited, count = re.subn(r"attention_bwd_end_kernel<T, HeadDim><<<[^;]*;", ";", text)
+    edited, count = re.subn(r"launch<attention_bwd_end_kernel<T, HeadDim>>\([^;]*;", ";", text)
     assert count == 1
     return Builder(tmp_path_factory.mktemp("build"), "attention").build("main_last", {file: edited})
 

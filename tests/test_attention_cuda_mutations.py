@@ -36,6 +36,19 @@ def test_nothing_removed(builder):
     assert mutate_attention.survives(builder.build("unchanged", {}))
 
 
+def test_a_first_tile_by_block_index_hangs(builder):
+    """On a busy GPU, where those that it waits for may not have started."""
+    edits = {}
+    for file, taken, instead in (
+        ("attention_bwd_kernel.cuh", "args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile()", "blockIdx.x"),
+        ("attention_bwd_passes.cuh", "params.dq_order == DqOrder::kAny ? ctas : 0", "ctas"),
+    ):
+        text = (cuda_build.source_directory() / "attention" / file).read_text()
+        assert text.count(taken) == 1
+        edits[file] = text.replace(taken, instead)
+    assert not mutate_attention.survives(builder.build("by_block_index", edits))
+
+
 @pytest.mark.parametrize(
     ("file", "line", "removed", "text"), [pytest.param(*r, id=f"{r[0]}:{r[1]}") for r in REMOVALS[::EVERY]]
 )

@@ -12,7 +12,13 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
     const bool leader = elect_one();
     RingPlace<C::kStages> place;
 
-    int index = blockIdx.x;
+    auto take_tile = [&] {
+        int index = 0;
+        if (leader) index = atomicAdd(args.workspace.tile_counter, 1);
+        return from_leader(index, leader);
+    };
+    // CTAs may start in any order, and where additions wait for others, those that they wait for must have started.
+    int index = args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile();
     for (uint32_t tiles = 0;; ++tiles) {
         const RingPlace<2> slot{tiles};
         const RingPlace<1> kv_place{tiles};
@@ -27,14 +33,18 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
             const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
             const int group = shape.heads / shape.kv_heads;
 
-            mbarrier_wait(shared + C::kKvEmpty, kv_place.parity() ^ 1);
-            mbarrier_arrive_expect(shared + C::kKvFull, 2 * C::kKvBytes);
+            auto load_keys = [&] {
+                mbarrier_wait(shared + C::kKvEmpty, kv_place.parity() ^ 1);
+                mbarrier_arrive_expect(shared + C::kKvFull, 2 * C::kKvBytes);
 #pragma unroll
-            for (int p = 0; p < C::kPanels; ++p) {
-                const int panel = p * C::kBlockN * C::kRowBytes, row = tile.k_row + tile.block * C::kBlockN;
-                tma_load_4d(shared + C::kK + panel, &args.k, shared + C::kKvFull, p * C::kPanel, row, tile.head, batch);
-                tma_load_4d(shared + C::kV + panel, &args.v, shared + C::kKvFull, p * C::kPanel, row, tile.head, batch);
-            }
+                for (int p = 0; p < C::kPanels; ++p) {
+                    const int panel = p * C::kBlockN * C::kRowBytes, row = tile.k_row + tile.block * C::kBlockN;
+                    tma_load_4d(shared + C::kK + panel, &args.k, shared + C::kKvFull, p * C::kPanel, row, tile.head,
+                                batch);
+                    tma_load_4d(shared + C::kV + panel, &args.v, shared + C::kKvFull, p * C::kPanel, row, tile.head,
+                                batch);
+                }
+            };
             auto load_block = [&](const CUtensorMap* map, const float* statistics, int full, int empty, int tiles,
                                   int statistics_tiles, int head, int m) {
                 const uint32_t barrier = shared + full + 8 * place.stage();
@@ -47,6 +57,8 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
                 bulk_load(shared + statistics_tiles + place.stage() * C::kStatisticsBytes, statistics,
                           C::kStatisticsBytes, barrier);
             };
+            // The first queries before the keys: there is room for them while the last tile is still being worked on.
+            bool has_keys = false;
 #pragma unroll 1
             for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
                 const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
@@ -57,16 +69,19 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
                     load_block(&args.dout, args.workspace.delta + at, C::kDoutFull, C::kDoutEmpty, C::kDout, C::kDelta,
                                head, m);
                     place.advance();
+                    if (!has_keys) load_keys();
+                    has_keys = true;
                 }
             }
-            index = gridDim.x + atomicAdd(args.workspace.tile_counter, 1);
+            if (!has_keys) load_keys();
         }
-        index = from_leader(index, leader);
+        __syncwarp();
+        index = take_tile();
     }
 }
 
-// Adds what the consumers leave in shared memory to dq; one thread. In deterministic mode blocks of keys add in
-// ascending order: tiles are handed out in that order too, so that whoever is waited for is running.
+// Adds what the consumers leave in shared memory to dq; one thread. Where blocks of keys add in a fixed order, tiles are
+// handed out in that order too, so that whoever is waited for is running.
 template <int HeadDim>
 __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments& args, char* base) {
     using C = AttentionBwdTraits<HeadDim>;
@@ -89,9 +104,12 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
             for (int m = blocks.begin; m < blocks.end; ++m) {
                 int* added = args.workspace.added + first + m;
                 float* dq = args.workspace.dq + (first + m) * (C::kBlockM * HeadDim);
-                if (args.deterministic) {
-                    const int first_key = visible_keys(shape, tile, m * C::kBlockM).first;
-                    while (load_acquire(added) != tile.block - first_key / C::kBlockN) {
+                int before = -1;  // blocks that add before this one
+                if (args.dq_order != DqOrder::kAny) {
+                    const BlockRange adding = adding_blocks<C::kBlockM, C::kBlockN>(shape, tile, m);
+                    before = args.dq_order == DqOrder::kAscending ? tile.block - adding.begin
+                                                                  : adding.end - 1 - tile.block;
+                    while (load_acquire(added) != before) {
                     }
                     fence_async_proxy_global();
                 }
@@ -99,15 +117,19 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
                 for (int piece = 0; piece < C::kDqPieces; ++piece) {
                     for (int w = 0; w < C::kConsumers; ++w) {
                         mbarrier_wait(shared + C::kDqFull + 8 * w, place.parity());
-                        bulk_reduce_add(dq + (w * C::kDqPieces + piece) * (C::kDqBytes / 4),
-                                        shared + C::kDq + w * C::kDqBytes, C::kDqBytes);
+                        float* to = dq + (w * C::kDqPieces + piece) * (C::kDqBytes / 4);
+                        const uint32_t from = shared + C::kDq + w * C::kDqBytes;
+                        if (before == 0)
+                            bulk_store(to, from, C::kDqBytes);
+                        else
+                            bulk_reduce_add(to, from, C::kDqBytes);
                         bulk_commit();
                         bulk_wait_read();
                         mbarrier_arrive(shared + C::kDqEmpty + 8 * w);
                     }
                     place.advance();
                 }
-                if (args.deterministic) {
+                if (args.dq_order != DqOrder::kAny) {
                     bulk_wait();
                     fence_async_proxy_global();
                     red_release_add(added, 1);

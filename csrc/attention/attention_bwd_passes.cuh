@@ -11,6 +11,8 @@ struct AttentionBwdPassArguments {
     const void *out, *dout;
     const float* lse;
     void* dq;
+    DqOrder dq_order;
+    int first_tile;  // that the main kernel's CTAs take from the counter
 };
 
 __device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const AttentionTile& tile,
@@ -19,7 +21,8 @@ __device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const
            (tile.q_row + int64_t(row)) * strides.row;
 }
 
-// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to.
+// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to. Where the order of
+// the additions is fixed the first of them writes instead.
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const AttentionBwdPassArguments args) {
     constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
@@ -28,12 +31,15 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     __shared__ AttentionTile tile;
     if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
     __syncthreads();
-    if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = args.first_tile;
     if (tile.block < 0) return;
     const int64_t slot = first_slot<kBlockM>(shape, args.workspace, tile, tile.head) + tile.block;
     if (threadIdx.x == 0) args.workspace.added[slot] = 0;
-    float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * (kBlockM * HeadDim));
-    for (int i = threadIdx.x; i < kBlockM * HeadDim / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+    const BlockRange adding = adding_blocks<kBlockM, AttentionBwdBlock<HeadDim>::kBlockN>(shape, tile, tile.block);
+    if (args.dq_order == DqOrder::kAny || adding.begin == adding.end) {
+        float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * (kBlockM * HeadDim));
+        for (int i = threadIdx.x; i < kBlockM * HeadDim / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+    }
 
     const int column = threadIdx.x % kRowThreads * 8;
     for (int i = threadIdx.x / kRowThreads; i < kBlockM; i += blockDim.x / kRowThreads) {
@@ -131,17 +137,20 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     args.shape = shape;
     // Queries, dout and float32 dq are what blocks of keys share.
     args.order = attention_tile_order(shape, shape.kv_heads, shape.k_len, C::kBlockN,
-                                      int64_t(shape.q_len) * HeadDim * 8 * group, false);
+                                      int64_t(shape.q_len) * HeadDim * 8 * group,
+                                      params.dq_order == DqOrder::kDescending);
     args.dk_strides = params.dk_strides;
     args.dv_strides = params.dv_strides;
     args.dk = params.dk;
     args.dv = params.dv;
     args.workspace = pass.workspace;
-    args.deterministic = params.deterministic;
+    args.dq_order = params.dq_order;
 
     const unsigned passes = attention_tile_count(shape, pass.order, shape.q_len, C::kBlockM);
     const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, C::kBlockN);
     const unsigned ctas = unsigned(tiles < params.sm_count ? tiles : params.sm_count);
+    pass.dq_order = params.dq_order;
+    pass.first_tile = params.dq_order == DqOrder::kAny ? ctas : 0;
     const LaunchShape pass_shape = {passes, 256, 0, stream};
     launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", pass_shape, pass);
     launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel", {ctas, C::kThreads, C::kSharedBytes, stream}, args);

@@ -16,7 +16,7 @@ struct AttentionBwdBlock {
 struct AttentionBwdWorkspace {
     int64_t slots_per_head;  // of one batch entry; of all documents with cu_seqlens
     int* tile_counter;
-    int* added;        // (slots,): how many blocks of keys have added to dq, when their order is fixed
+    int* added;        // (slots,): how many blocks of keys have added to dq, where their order is fixed
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
     float* delta;      // (slots, kBlockM): row sums of out * dout
     float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
@@ -51,7 +51,7 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     using AttentionBwdBlock<HeadDim>::kDqColumns;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
     static constexpr int kStages = 2;
     // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns. Then
     // each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
@@ -100,7 +100,7 @@ struct AttentionBwdArguments {
     AttentionStrides dk_strides, dv_strides;
     void *dk, *dv;
     AttentionBwdWorkspace workspace;
-    bool deterministic;
+    DqOrder dq_order;
 };
 
 #ifdef __CUDACC__
@@ -124,6 +124,15 @@ __device__ __forceinline__ BlockRange query_blocks(const AttentionShape& shape, 
     const int last = min(tile.q_len - 1, last_key + shape.left - offset);
     if (last < first || last_key < tile.key_start) return {0, 0};
     return {first / BlockM, last / BlockM + 1};
+}
+
+// Blocks of keys that see a block of queries: those that add to its dq.
+template <int BlockM, int BlockN>
+__device__ __forceinline__ BlockRange adding_blocks(const AttentionShape& shape, const AttentionTile& tile, int m) {
+    const int first = visible_keys(shape, tile, m * BlockM).first;
+    const int last = visible_keys(shape, tile, min((m + 1) * BlockM, tile.q_len) - 1).last;
+    if (last < 0 || min((last / BlockN + 1) * BlockN, tile.k_len) <= tile.key_start) return {0, 0};
+    return {first / BlockN, last / BlockN + 1};
 }
 
 // Queries that see a key, first ... last, both included; `last` may be before the sequence's first query.

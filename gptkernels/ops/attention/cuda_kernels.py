@@ -38,6 +38,17 @@ def unsupported(
     return cuda_library.unsupported(q.device, only_arch=90)
 
 
+def dq_order(window: int | None, deterministic: bool) -> int:
+    """csrc/attention/attention.h's DqOrder"""
+    return 2 if window is not None else int(deterministic)
+
+
+def describe(q, k, v, key_start, cu_seqlens, causal, window, scale, dropout) -> str:
+    if dq_order(window, torch.are_deterministic_algorithms_enabled()):
+        return "the gradients have the same bits on every run"
+    return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
     return tuple(x.stride()[:3]) if x.ndim == 4 else (0, x.stride(1), x.stride(0))
@@ -115,7 +126,7 @@ def attention_bwd(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
-    -> dq, dk, dv: as q, k, v. dk and dv are the same on every run, dq with `deterministic`."""
+    -> dq, dk, dv: as q, k, v. dk and dv have the same bits on every run, dq with a window or `deterministic`."""
     grads = bwd_outputs(
         dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
     )
@@ -132,6 +143,6 @@ def attention_bwd(
     fields["workspace"] = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device)
     fields["dtype"] = cuda_library.DTYPE[q.dtype]
     fields["sm_count"] = hardware.sm_count(q.device)
-    fields["deterministic"] = deterministic
+    fields["dq_order"] = dq_order(window, deterministic)
     cuda_library.launch("attention_bwd", q.device, fields)
     return grads

@@ -40,6 +40,8 @@ def attention(
     cu_seqlens: (N + 1,) int32 from 0 to T: packed documents, q: (T, H, D), k, v: (T, Hkv, D) -> (T, H, D). Values are
         checked on CPU tensors only, because reading them would stop a GPU.
     A query that sees no key gives zeros, and zero gradients. Under autocast q, k and v are cast to its dtype.
+    Gradients have the same bits on every run with the Triton and CUDA backends, but for the CUDA backend's dq without a
+    window, for which that takes torch.use_deterministic_algorithms(True).
     """
     q, k, v = autocast(q, k, v)
     check_heads(q, k, v, packed=cu_seqlens is not None)
