@@ -133,7 +133,9 @@ PYBIND11_MODULE(_cuda, m) {
     define(m, "attention_fwd", &attention_fwd);
     define(m, "attention_bwd", &attention_bwd);
     m.def("attention_bwd_workspace_bytes",
-          [](const py::dict& values) { return attention_bwd_workspace_bytes(params_of<AttentionShape>(values)); });
+          [](const py::dict& shape, int sm_count) {
+              return attention_bwd_workspace_bytes(params_of<AttentionShape>(shape), sm_count);
+          });
     define(m, "cross_entropy", &cross_entropy);
     define(m, "layer_norm_fwd", &layer_norm_fwd);
     define(m, "layer_norm_bwd", &layer_norm_bwd);

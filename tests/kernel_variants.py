@@ -31,10 +31,10 @@ void attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
 void attention_bwd(const AttentionBwdParams& p, cudaStream_t stream) {
     with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value>(p, stream); });
 }
-int64_t attention_bwd_workspace_bytes(const AttentionShape& shape) {
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
     AttentionBwdWorkspace unused;
     return with_size(shape.head_dim,
-                     [&](auto size) { return attention_bwd_workspace<size.value>(shape, nullptr, &unused); });
+                     [&](auto size) { return attention_bwd_workspace<size.value>(shape, sm_count, nullptr, &unused); });
 }
 """,
     "mlp": """

@@ -36,7 +36,7 @@ HARMLESS = {
 }
 SEEDS = range(8)
 # Of a processor, whatever else it has to do: beyond that a variant hangs.
-CPU_LIMIT_S = 240
+CPU_LIMIT_S = 90
 
 
 def mutants(file: str) -> list[tuple[int, str, str | None, str]]:

@@ -57,4 +57,4 @@ struct AttentionBwdParams {
 void attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
 void attention_bwd(const AttentionBwdParams& params, cudaStream_t stream);
 
-int64_t attention_bwd_workspace_bytes(const AttentionShape& shape);
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count);

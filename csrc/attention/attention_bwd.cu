@@ -15,9 +15,9 @@ void attention_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
     });
 }
 
-int64_t attention_bwd_workspace_bytes(const AttentionShape& shape) {
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
     AttentionBwdWorkspace unused;
-    return shape.head_dim <= 64    ? attention_bwd_workspace<64>(shape, nullptr, &unused)
-           : shape.head_dim <= 128 ? attention_bwd_workspace<128>(shape, nullptr, &unused)
-                                   : attention_bwd_workspace<256>(shape, nullptr, &unused);
+    return shape.head_dim <= 64    ? attention_bwd_workspace<64>(shape, sm_count, nullptr, &unused)
+           : shape.head_dim <= 128 ? attention_bwd_workspace<128>(shape, sm_count, nullptr, &unused)
+                                   : attention_bwd_workspace<256>(shape, sm_count, nullptr, &unused);
 }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
         if (leader) {
             const int batch = shape.cu_seqlens ? 0 : tile.batch;
             const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
-            const int group = shape.heads / shape.kv_heads;
+            const int kv_head = tile.head / args.workspace.splits;
 
             auto load_keys = [&] {
                 mbarrier_wait(shared + C::kKvEmpty, kv_place.parity() ^ 1);
@@ -39,9 +39,9 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
 #pragma unroll
                 for (int p = 0; p < C::kPanels; ++p) {
                     const int panel = p * C::kBlockN * C::kRowBytes, row = tile.k_row + tile.block * C::kBlockN;
-                    tma_load_4d(shared + C::kK + panel, &args.k, shared + C::kKvFull, p * C::kPanel, row, tile.head,
+                    tma_load_4d(shared + C::kK + panel, &args.k, shared + C::kKvFull, p * C::kPanel, row, kv_head,
                                 batch);
-                    tma_load_4d(shared + C::kV + panel, &args.v, shared + C::kKvFull, p * C::kPanel, row, tile.head,
+                    tma_load_4d(shared + C::kV + panel, &args.v, shared + C::kKvFull, p * C::kPanel, row, kv_head,
                                 batch);
                 }
             };
@@ -60,7 +60,7 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
             // The first queries before the keys: there is room for them while the last tile is still being worked on.
             bool has_keys = false;
 #pragma unroll 1
-            for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
+            for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
                 const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
 #pragma unroll 1
                 for (int m = blocks.begin; m < blocks.end; ++m) {
@@ -96,9 +96,8 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
         slot.advance();
         if (tile.block < 0) break;
         const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
-        const int group = shape.heads / shape.kv_heads;
 #pragma unroll 1
-        for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
+        for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
             const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
 #pragma unroll 1
             for (int m = blocks.begin; m < blocks.end; ++m) {
@@ -239,6 +238,16 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
         bulk_commit();
     };
 
+    // The order of the accumulator's registers is as good as any: the last pass adds the shares up and sorts them out.
+    auto store_share = [&](const float (&gradient)[kGradients], float* shares, const AttentionTile& tile) {
+        float4* to = reinterpret_cast<float4*>(
+            shares + (2 * key_slot<C::kBlockN>(shape, args.workspace, tile, tile.head) + group) *
+                         (C::kBlockN * HeadDim / 2)) + threadIdx.x % kWarpgroup;
+#pragma unroll
+        for (int j = 0; j < kGradients; j += 4)
+            to[j / 4 * kWarpgroup] = float4{gradient[j], gradient[j + 1], gradient[j + 2], gradient[j + 3]};
+    };
+
     while (true) {
         mbarrier_wait(shared + C::kTileFull + 8 * slot.stage(), slot.parity());
         // Stays in shared memory: the loop has no registers for it.
@@ -263,7 +272,7 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             fence_async_proxy();
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
         }
-        const int iterations = (blocks.end - blocks.begin) * (shape.heads / shape.kv_heads);
+        const int iterations = (blocks.end - blocks.begin) * args.group;
         int m = blocks.begin;
         for (int i = 0; i < iterations; ++i) {
             float scores[kScores], dscores[kScores], dq[C::kDqColumns / 2];
@@ -380,8 +389,13 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);  // rows go out over K and V
         else
             arrive(C::kKvEmpty);
-        store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
-        store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
+        if (args.workspace.splits > 1) {
+            store_share(dv, args.workspace.dv_shares, tile);
+            store_share(dk, args.workspace.dk_shares, tile);
+        } else {
+            store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
+            store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
+        }
         if constexpr (C::kSplitColumns) bulk_wait_read();
         __syncwarp();
         if constexpr (C::kSplitColumns) arrive(C::kKvEmpty);

@@ -20,14 +20,37 @@ struct AttentionBwdWorkspace {
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
     float* delta;      // (slots, kBlockM): row sums of out * dout
     float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
+    // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
+    int splits;
+    int64_t key_slots_per_head;  // blocks of keys have slots as well, of each part of each key head
+    float *dk_shares, *dv_shares;  // (key slots, kBlockN * HeadDim), as dq; null without splits
 };
 
+// As few as make two tiles for each SM, so that the longest of them are not what everybody waits for.
 template <int HeadDim>
-int64_t attention_bwd_workspace(const AttentionShape& shape, void* base, AttentionBwdWorkspace* workspace) {
-    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
-    const int64_t blocks = (int64_t(shape.q_len) + kBlockM - 1) / kBlockM;
-    workspace->slots_per_head = shape.cu_seqlens ? shape.q_len / kBlockM + shape.batch : blocks;
-    const int64_t slots = workspace->slots_per_head * shape.heads * (shape.cu_seqlens ? 1 : shape.batch);
+int query_head_splits(const AttentionShape& shape, int sm_count) {
+    constexpr int kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
+    const int group = shape.heads / shape.kv_heads;
+    const int64_t blocks = shape.cu_seqlens ? shape.k_len / kBlockN + 1 : shape.batch * ceil_div(shape.k_len, kBlockN);
+    int splits = 1;
+    while (splits < group && (group % splits || blocks * shape.kv_heads * splits < 2 * int64_t(sm_count))) ++splits;
+    return splits;
+}
+
+template <int HeadDim>
+int64_t attention_bwd_workspace(const AttentionShape& shape, int sm_count, void* base,
+                                AttentionBwdWorkspace* workspace) {
+    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM, kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
+    auto slots_per_head = [&](int rows, int block) {
+        return shape.cu_seqlens ? rows / block + int64_t(shape.batch) : ceil_div(rows, block);
+    };
+    const int64_t batch = shape.cu_seqlens ? 1 : shape.batch;
+    workspace->slots_per_head = slots_per_head(shape.q_len, kBlockM);
+    workspace->key_slots_per_head = slots_per_head(shape.k_len, kBlockN);
+    workspace->splits = query_head_splits<HeadDim>(shape, sm_count);
+    const int64_t slots = workspace->slots_per_head * shape.heads * batch;
+    const int64_t key_slots =
+        workspace->splits == 1 ? 0 : workspace->key_slots_per_head * shape.kv_heads * workspace->splits * batch;
     char* at = static_cast<char*>(base);
     auto take = [&](int64_t bytes) {
         char* taken = at;
@@ -39,6 +62,8 @@ int64_t attention_bwd_workspace(const AttentionShape& shape, void* base, Attenti
     workspace->minus_lse = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
     workspace->delta = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
     workspace->dq = reinterpret_cast<float*>(take(slots * kBlockM * HeadDim * sizeof(float)));
+    workspace->dk_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
+    workspace->dv_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
     return at - static_cast<char*>(base);
 }
 
@@ -96,7 +121,8 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
 struct AttentionBwdArguments {
     CUtensorMap q, dout, k, v;
     AttentionShape shape;
-    AttentionTileOrder order;
+    AttentionTileOrder order;  // over blocks of keys, of each part of each key head
+    int group;                 // query heads of a part
     AttentionStrides dk_strides, dv_strides;
     void *dk, *dv;
     AttentionBwdWorkspace workspace;
@@ -112,6 +138,15 @@ __device__ __forceinline__ int64_t first_slot(const AttentionShape& shape, const
                                               const AttentionTile& tile, int head) {
     if (shape.cu_seqlens) return head * workspace.slots_per_head + (tile.q_row + tile.batch * BlockM) / BlockM;
     return (int64_t(tile.batch) * shape.heads + head) * workspace.slots_per_head;
+}
+
+// The slot of a block of keys; `part` counts the parts of all key heads.
+template <int BlockN>
+__device__ __forceinline__ int64_t key_slot(const AttentionShape& shape, const AttentionBwdWorkspace& workspace,
+                                            const AttentionTile& tile, int part) {
+    const int64_t parts = shape.cu_seqlens ? part : int64_t(tile.batch) * shape.kv_heads * workspace.splits + part;
+    const int64_t first = shape.cu_seqlens ? (tile.k_row + tile.batch * BlockN) / BlockN : 0;
+    return parts * workspace.key_slots_per_head + first + tile.block;
 }
 
 // Blocks of queries that see any key of this block.

@@ -136,7 +136,7 @@ def attention_bwd(
         return grads
     dout, q, k, v = map(cuda_library.addressable, (dout, q, k, v))
     fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
-    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(fields)
+    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(fields, hardware.sm_count(q.device))
     dq, dk, dv = grads
     fields |= tensor_fields(dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
     fields["lse"] = lse
