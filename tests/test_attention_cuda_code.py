@@ -53,6 +53,15 @@ def test_the_instructions_that_are_meant(library):
         assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) * 3 < multiplies, name
 
 
+def test_masks_are_bits(library):
+    """Moved to predicates seven at a time, where two comparisons for each score would take as many instructions."""
+    for name in ("attention_fwd_kernel", "attention_bwd_kernel"):
+        for kernel in sass.kernels(name):
+            masked, comparisons = kernel.count("FSEL"), kernel.count("ISETP")
+            assert kernel.count("R2P") * 8 >= masked * 0.8, kernel.name
+            assert comparisons < 180, f"{kernel.name}: {comparisons} comparisons, {masked} selections"
+
+
 @pytest.fixture(scope="module")
 def main_kernel_last(tmp_path_factory):
     """The library without the pass that follows the backward pass's main kernel, so that it is the last one counted."""
@@ -119,3 +128,16 @@ def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
         assert counters().tensor_flops == flops(192 if head_dim == 64 else 128, 80 if head_dim == 256 else 128, 4)
         cuda_kernels.attention_bwd(torch.randn_like(q), q, k, v, out, lse, *options, False)
         assert counters().tensor_flops == flops(128 if head_dim == 64 else 64, 64 if head_dim == 256 else 128, 10)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "keys", "padded"), [(96, 128, 96), (192, 112, 192), (136, 112, 192), (200, 80, 256)]
+)
+def test_forward_pads_heads_no_further_than_this(library, head_dim, keys, padded):
+    if simulator.cuda_unavailable():
+        pytest.skip(simulator.cuda_unavailable())
+    q, k, v = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(3))
+    with simulator.use(arch=90):
+        cuda_kernels.attention_fwd(q, k, v, None, None, None, False, None, 0.1, 0.0)
+        blocks = -(-300 // 128) * -(-300 // keys)
+        assert counters().tensor_flops == blocks * 4 * 128 * keys * padded

@@ -37,8 +37,8 @@ struct AttentionFwdParams {
     int* tile_counter;  // (2,), zeros, which the kernel leaves as zeros; not shared with launches at the same time
 };
 
-// In which order blocks of keys add to a block of queries of dq: any, or one that gives the same bits on every run. With
-// a band, in descending order nobody waits: at any time CTAs that work on neighbouring blocks of keys have come to
+// In which order blocks of keys add to a block of queries of dq: any, or one that gives the same bits on every run.
+// With a band, in descending order nobody waits: at any time CTAs that work on neighbouring blocks of keys have come to
 // different queries. Without one, in ascending order the longest tiles come first.
 enum class DqOrder : int { kAny = 0, kAscending = 1, kDescending = 2 };
 

@@ -18,12 +18,11 @@ struct AttentionBwdPassArguments {
 
 __device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const AttentionTile& tile,
                                               const AttentionStrides& strides, int row) {
-    return (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head +
-           int64_t(row) * strides.row;
+    return (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head + int64_t(row) * strides.row;
 }
 
-// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to. Where the order of
-// the additions is fixed the first of them writes instead.
+// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to. Where the order
+// of the additions is fixed the first of them writes instead.
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const AttentionBwdPassArguments args) {
     constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
@@ -47,8 +46,10 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
         const int row = tile.block * kBlockM + i;
         float delta = 0.f;
         if (row < tile.q_len && column < shape.head_dim) {
-            const T* out = static_cast<const T*>(args.out) + row_offset(shape, tile, args.out_strides, tile.q_row + row) + column;
-            const T* dout = static_cast<const T*>(args.dout) + row_offset(shape, tile, args.dout_strides, tile.q_row + row) + column;
+            const T* out =
+                static_cast<const T*>(args.out) + row_offset(shape, tile, args.out_strides, tile.q_row + row) + column;
+            const T* dout = static_cast<const T*>(args.dout) +
+                            row_offset(shape, tile, args.dout_strides, tile.q_row + row) + column;
             const uint4 a = *reinterpret_cast<const uint4*>(out), b = *reinterpret_cast<const uint4*>(dout);
 #pragma unroll
             for (int j = 0; j < 8; ++j)
@@ -76,7 +77,8 @@ __device__ __forceinline__ void store_block(const float* from, int shares, int64
     constexpr int kPitch = 2 * kColumns + 16;
     constexpr int kRowThreads = kColumns / 8;
     const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const float4* sources = reinterpret_cast<const float4*>(from + group * (Rows * HeadDim / 2)) + threadIdx.x % kWarpgroup;
+    const float4* sources =
+        reinterpret_cast<const float4*>(from + group * (Rows * HeadDim / 2)) + threadIdx.x % kWarpgroup;
     rows += warp * 16 * kPitch;
 #pragma unroll
     for (int i = 0; i < kColumns / 8; i += 2) {
@@ -92,8 +94,8 @@ __device__ __forceinline__ void store_block(const float* from, int shares, int64
             packed[2 * j] = pack<T>(x.x * factor, x.y * factor);
             packed[2 * j + 1] = pack<T>(x.z * factor, x.w * factor);
         }
-        stmatrix_x4(shared_address(rows) + lane % 16 * kPitch + lane / 16 * 16 + i * 16, packed[0], packed[1], packed[2],
-                    packed[3]);
+        stmatrix_x4(shared_address(rows) + lane % 16 * kPitch + lane / 16 * 16 + i * 16, packed[0], packed[1],
+                    packed[2], packed[3]);
     }
     __syncwarp();
     const int first_row = warp % 4 * 16 + (kSplitRows ? 64 * group : 0);
@@ -126,34 +128,34 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
     if (key_index < 0) {
         const int64_t slot = first_slot<kBlockM>(shape, workspace, tile, tile.head) + tile.block;
         const int row = tile.block * kBlockM;
-        store_block<T, HeadDim, kBlockM>(workspace.dq + slot * (kBlockM * HeadDim), 1, 0, shape.scale,
-                                         static_cast<T*>(args.dq) + row_offset(shape, tile, args.dq_strides, tile.q_row + row),
-                                         args.dq_strides.row, tile.q_len - row, shape.head_dim, rows);
+        store_block<T, HeadDim, kBlockM>(
+            workspace.dq + slot * (kBlockM * HeadDim), 1, 0, shape.scale,
+            static_cast<T*>(args.dq) + row_offset(shape, tile, args.dq_strides, tile.q_row + row), args.dq_strides.row,
+            tile.q_len - row, shape.head_dim, rows);
     } else {
         const bool is_dk = key_index % 2;
         const AttentionStrides& strides = is_dk ? args.dk_strides : args.dv_strides;
         constexpr int64_t kSize = kBlockN * HeadDim;
         const int64_t slot = key_slot<kBlockN>(shape, workspace, tile, tile.head * workspace.splits);
         const int row = tile.block * kBlockN;
-        store_block<T, HeadDim, kBlockN>((is_dk ? workspace.dk_shares : workspace.dv_shares) + slot * kSize,
-                                         workspace.splits, workspace.key_slots_per_head * kSize,
-                                         is_dk ? shape.scale : 1.f,
-                                         static_cast<T*>(is_dk ? args.dk : args.dv) +
-                                             row_offset(shape, tile, strides, tile.k_row + row),
-                                         strides.row, tile.k_len - row, shape.head_dim, rows);
+        store_block<T, HeadDim, kBlockN>(
+            (is_dk ? workspace.dk_shares : workspace.dv_shares) + slot * kSize, workspace.splits,
+            workspace.key_slots_per_head * kSize, is_dk ? shape.scale : 1.f,
+            static_cast<T*>(is_dk ? args.dk : args.dv) + row_offset(shape, tile, strides, tile.k_row + row),
+            strides.row, tile.k_len - row, shape.head_dim, rows);
     }
 }
 
 template <class T, int HeadDim>
 void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
-    using C = AttentionBwdTraits<HeadDim>;
+    using Traits = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
     AttentionBwdPassArguments pass;
     pass.shape = shape;
-    pass.order = attention_tile_order(shape, shape.heads, shape.q_len, C::kBlockM, 0, false);
+    pass.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM, 0, false);
     attention_bwd_workspace<HeadDim>(shape, params.sm_count, params.workspace, &pass.workspace);
     const int parts = shape.kv_heads * pass.workspace.splits;
-    pass.key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, C::kBlockN, 0, false);
+    pass.key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN, 0, false);
     pass.out_strides = params.out_strides;
     pass.dout_strides = params.dout_strides;
     pass.dq_strides = params.dq_strides;
@@ -168,19 +170,20 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
 
     bind_device();
     AttentionBwdArguments args;
-    auto map = [&](const char* tensor, const void* data, const AttentionStrides& strides, int heads, int rows, int box) {
-        return attention_tensor_map<T>(tensor, data, strides, shape, heads, rows, C::kPanel, box);
+    auto map = [&](const char* tensor, const void* data, const AttentionStrides& strides, int heads, int rows,
+                   int box) {
+        return attention_tensor_map<T>(tensor, data, strides, shape, heads, rows, Traits::kPanel, box);
     };
-    args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, C::kBlockM);
-    args.dout = map("dout", params.dout, params.dout_strides, shape.heads, shape.q_len, C::kBlockM);
-    args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, C::kBlockN);
-    args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, C::kBlockN);
+    args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, Traits::kBlockM);
+    args.dout = map("dout", params.dout, params.dout_strides, shape.heads, shape.q_len, Traits::kBlockM);
+    args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
+    args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
     args.shape = shape;
     // Queries, dout and float32 dq are what blocks of keys share.
     args.group = shape.heads / parts;
-    args.order = attention_tile_order(shape, parts, shape.k_len, C::kBlockN,
-                                      int64_t(shape.q_len) * HeadDim * 8 * args.group,
-                                      params.dq_order == DqOrder::kDescending);
+    args.order =
+        attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
+                             int64_t(shape.q_len) * HeadDim * 8 * args.group, params.dq_order == DqOrder::kDescending);
     args.dk_strides = params.dk_strides;
     args.dv_strides = params.dv_strides;
     args.dk = params.dk;
@@ -188,15 +191,16 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     args.workspace = pass.workspace;
     args.dq_order = params.dq_order;
 
-    pass.query_blocks = attention_tile_count(shape, pass.order, shape.q_len, C::kBlockM);
-    const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, C::kBlockN);
+    pass.query_blocks = attention_tile_count(shape, pass.order, shape.q_len, Traits::kBlockM);
+    const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, Traits::kBlockN);
     const unsigned ctas = unsigned(tiles < params.sm_count ? tiles : params.sm_count);
     pass.dq_order = params.dq_order;
     pass.first_tile = params.dq_order == DqOrder::kAny ? ctas : 0;
     const unsigned query_blocks = pass.query_blocks;
-    const unsigned key_blocks = attention_tile_count(shape, pass.key_order, shape.k_len, C::kBlockN);
+    const unsigned key_blocks = attention_tile_count(shape, pass.key_order, shape.k_len, Traits::kBlockN);
     const unsigned last_ctas = query_blocks + (pass.workspace.splits > 1 ? 2 * key_blocks : 0);
     launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", {query_blocks, 256, 0, stream}, pass);
-    launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel", {ctas, C::kThreads, C::kSharedBytes, stream}, args);
+    launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel",
+                                             {ctas, Traits::kThreads, Traits::kSharedBytes, stream}, args);
     launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream}, pass);
 }

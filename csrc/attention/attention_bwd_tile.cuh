@@ -22,7 +22,7 @@ struct AttentionBwdWorkspace {
     float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
     // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
     int splits;
-    int64_t key_slots_per_head;  // blocks of keys have slots as well, of each part of each key head
+    int64_t key_slots_per_head;    // blocks of keys have slots as well, of each part of each key head
     float *dk_shares, *dv_shares;  // (key slots, kBlockN * HeadDim), as dq; null without splits
 };
 
@@ -76,10 +76,10 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     using AttentionBwdBlock<HeadDim>::kDqColumns;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-    static constexpr int kProducerRegisters = 32, kConsumerRegisters = 240;
+    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
     static constexpr int kStages = 2;
-    // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns. Then
-    // each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
+    // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns.
+    // Then each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
     static constexpr bool kSplitColumns = HeadDim == 256;
     static constexpr int kScoreColumns = kSplitColumns ? kBlockM / 2 : kBlockM;
     static constexpr int kGradientColumns = kSplitColumns ? HeadDim / 2 : HeadDim;
@@ -98,23 +98,35 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kOutPitch = 2 * kGradientColumns + 16;
     static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
 
-    static constexpr int kK = 0;
-    static constexpr int kV = kK + kKvBytes;
-    static constexpr int kQ = kV + kKvBytes;
-    static constexpr int kDout = kQ + kStages * kQBytes;
-    static constexpr int kDs = kDout + kStages * kQBytes;
-    static constexpr int kWeights = kDs + kDsBytes;
-    static constexpr int kDq = kWeights + (kSplitColumns ? kDsBytes : 0);
-    static constexpr int kOut = kSplitColumns ? kK : kDq + kConsumers * kDqBytes;
-    static constexpr int kLse = kDq + kConsumers * kDqBytes + (kSplitColumns ? 0 : kConsumers * kOutBytes);
-    static constexpr int kDelta = kLse + kStages * kStatisticsBytes;
-    static constexpr int kTiles = kDelta + kStages * kStatisticsBytes;
-    static constexpr int kQFull = kTiles + 2 * sizeof(AttentionTile), kQEmpty = kQFull + 8 * kStages;
-    static constexpr int kDoutFull = kQEmpty + 8 * kStages, kDoutEmpty = kDoutFull + 8 * kStages;
-    static constexpr int kDqFull = kDoutEmpty + 8 * kStages, kDqEmpty = kDqFull + 8 * kConsumers;
-    static constexpr int kTileFull = kDqEmpty + 8 * kConsumers, kTileEmpty = kTileFull + 16;
-    static constexpr int kKvFull = kTileEmpty + 16, kKvEmpty = kKvFull + 8, kDsEmpty = kKvEmpty + 8;
-    static constexpr int kSharedBytes = kDsEmpty + 8;
+    struct Shared {
+        alignas(1024) char k[kKvBytes];
+        char v[kKvBytes];
+        char q[kStages][kQBytes];
+        char dout[kStages][kQBytes];
+        char ds[kDsBytes];
+        char probabilities[kSplitColumns ? kDsBytes : 16];  // else in registers
+        char dq[kConsumers][kDqBytes];
+        char out[kSplitColumns ? 16 : kConsumers * kOutBytes];  // else over k and v
+        float lse[kStages][kBlockM], delta[kStages][kBlockM];
+        AttentionTile tiles[2];
+        uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+        uint64_t dq_full[kConsumers], dq_empty[kConsumers];
+        uint64_t tile_full[2], tile_empty[2];
+        uint64_t kv_full, kv_empty, ds_empty;
+    };
+    static constexpr uint32_t kK = offsetof(Shared, k), kV = offsetof(Shared, v);
+    static constexpr uint32_t kQ = offsetof(Shared, q), kDout = offsetof(Shared, dout);
+    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, probabilities);
+    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : offsetof(Shared, out);
+    static constexpr uint32_t kLse = offsetof(Shared, lse), kDelta = offsetof(Shared, delta);
+    static constexpr uint32_t kTiles = offsetof(Shared, tiles);
+    static constexpr uint32_t kQFull = offsetof(Shared, q_full), kQEmpty = offsetof(Shared, q_empty);
+    static constexpr uint32_t kDoutFull = offsetof(Shared, dout_full), kDoutEmpty = offsetof(Shared, dout_empty);
+    static constexpr uint32_t kDqFull = offsetof(Shared, dq_full), kDqEmpty = offsetof(Shared, dq_empty);
+    static constexpr uint32_t kTileFull = offsetof(Shared, tile_full), kTileEmpty = offsetof(Shared, tile_empty);
+    static constexpr uint32_t kKvFull = offsetof(Shared, kv_full), kKvEmpty = offsetof(Shared, kv_empty);
+    static constexpr uint32_t kDsEmpty = offsetof(Shared, ds_empty);
+    static constexpr int kSharedBytes = sizeof(Shared);
     static_assert(kSharedBytes <= 232448, "");
 };
 

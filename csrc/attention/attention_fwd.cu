@@ -12,6 +12,7 @@ void attention_fwd(const AttentionFwdParams& params, cudaStream_t stream) {
         head_dim <= 64    ? attention_fwd_launch<T, 64>(params, stream)
         : head_dim <= 96  ? attention_fwd_launch<T, 96>(params, stream)
         : head_dim <= 128 ? attention_fwd_launch<T, 128>(params, stream)
+        : head_dim <= 192 ? attention_fwd_launch<T, 192>(params, stream)
                           : attention_fwd_launch<T, 256>(params, stream);
     });
 }

@@ -1,5 +1,7 @@
 // What forward and backward share: which tile a CTA works on next, and which keys its rows see.
 #pragma once
+#include <cstddef>
+
 #include "attention/attention.h"
 #include "common/hopper.cuh"
 #include "common/tensor_map.h"
@@ -42,12 +44,11 @@ CUtensorMap attention_tensor_map(const char* tensor, const void* data, const Att
     const int batch = shape.cu_seqlens ? 1 : shape.batch;
     // A dimension of one entry may have any stride in torch; the driver wants a multiple of 16 bytes.
     auto bytes = [&](int64_t stride, int entries) { return cuuint64_t(entries > 1 ? 2 * stride : 16); };
-    return encode_tensor_map<T>(
-        tensor, data,
-        {4,
-         {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)},
-         {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)},
-         {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1}});
+    return encode_tensor_map<T>(tensor, data,
+                                {4,
+                                 {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)},
+                                 {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)},
+                                 {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1}});
 }
 
 #ifdef __CUDACC__
@@ -144,8 +145,8 @@ __device__ __forceinline__ uint32_t lowest_bits(int count) {
     return count <= 0 ? 0u : count >= 32 ? ~0u : (1u << count) - 1;
 }
 
-// Sets scores of a thread's row (h = 0 or 1) outside columns low ... high to -inf; its columns are 8 i + {0, 1}. Which to
-// keep is worked out for 32 scores at once, as bits that the compiler moves to predicates, seven at a time.
+// Sets scores of a thread's row (h = 0 or 1) outside columns low ... high to -inf; its columns are 8 i + {0, 1}. Which
+// to keep is worked out for 32 scores at once, as bits that the compiler moves to predicates, seven at a time.
 template <int R>
 __device__ __forceinline__ void mask_row(float (&s)[R], int h, int low, int high) {
     // How many of the row's scores stand in columns below this one.
@@ -162,8 +163,8 @@ __device__ __forceinline__ void mask_row(float (&s)[R], int h, int low, int high
     }
 }
 
-// Clears a tile from row `from` on, `threads` threads together: what lies past a sequence's end belongs to the next, and
-// a weight of 0 does not hide its NaNs.
+// Clears a tile from row `from` on, `threads` threads together: what lies past a sequence's end belongs to the next,
+// and a probability of 0 does not hide its NaNs.
 template <int Panels, int Rows, int RowBytes>
 __device__ __forceinline__ void clear_rows(char* tile, int from, int thread, int threads) {
     for (int p = 0; p < Panels; ++p)

@@ -24,9 +24,9 @@ __device__ __forceinline__ bool elect_one() {
     return elected;
 }
 
-// To all lanes what the elected one has; which of them that is, nobody promises.
+// To all lanes what the elected one has, 0 or more; which of them that is, nobody promises.
 __device__ __forceinline__ int from_leader(int value, bool leader) {
-    return __shfl_sync(~0u, value, __ffs(__ballot_sync(~0u, leader)) - 1);
+    return __reduce_or_sync(~0u, leader ? value : 0);
 }
 
 template <int Registers>
@@ -287,7 +287,11 @@ struct Wgmma;
 #define GK_LIST_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31"
 #define GK_LIST_40 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
 #define GK_LIST_48 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47"
+#define GK_LIST_56 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) "%50,%51,%52,%53,%54,%55"
 #define GK_LIST_64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) "%60,%61,%62,%63"
+#define GK_LIST_96                                                                                                   \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) GK_TEN(6) GK_TEN(7) GK_TEN(8) \
+    "%90,%91,%92,%93,%94,%95"
 #define GK_LIST_128                                                                                                  \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) GK_TEN(6) GK_TEN(7) GK_TEN(8) \
         GK_TEN(9) GK_TEN(10) GK_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
@@ -296,7 +300,9 @@ struct Wgmma;
 #define GK_ACCUMULATOR_32 GK_F32(0)
 #define GK_ACCUMULATOR_40 GK_F32(0), GK_F4(32), GK_F4(36)
 #define GK_ACCUMULATOR_48 GK_F32(0), GK_F16(32)
+#define GK_ACCUMULATOR_56 GK_F32(0), GK_F16(32), GK_F4(48), GK_F4(52)
 #define GK_ACCUMULATOR_64 GK_F64(0)
+#define GK_ACCUMULATOR_96 GK_F64(0), GK_F32(64)
 #define GK_ACCUMULATOR_128 GK_F64(0), GK_F64(64)
 
 // d (64 x N, R registers) = a * b + (accumulate ? d : 0), a from shared memory or from registers. o0 ... o6 name the
@@ -331,7 +337,9 @@ GK_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 GK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 GK_WGMMA(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 GK_WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+GK_WGMMA(112, 56, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 GK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+GK_WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 GK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #undef GK_TEN
@@ -343,8 +351,12 @@ GK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef GK_ACCUMULATOR_40
 #undef GK_LIST_48
 #undef GK_ACCUMULATOR_48
+#undef GK_LIST_56
+#undef GK_ACCUMULATOR_56
 #undef GK_LIST_64
 #undef GK_ACCUMULATOR_64
+#undef GK_LIST_96
+#undef GK_ACCUMULATOR_96
 #undef GK_LIST_128
 #undef GK_ACCUMULATOR_128
 #undef GK_F4

@@ -13,7 +13,8 @@ Function* driver_function(const char* name) {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
     check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), name);
-    if (found != cudaDriverEntryPointSuccess || !function) throw LaunchError(std::string(name) + ": the driver has none");
+    if (found != cudaDriverEntryPointSuccess || !function)
+        throw LaunchError(std::string(name) + ": the driver has none");
     return reinterpret_cast<Function*>(function);
 }
 
@@ -49,10 +50,9 @@ CUtensorMap encode_tensor_map(const char* tensor, const void* data, const Tensor
     const auto swizzle = shape.box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
     const cuuint32_t ones[4] = {1, 1, 1, 1};
     CUtensorMap map;
-    const CUresult status =
-        encode(&map, type, shape.rank, const_cast<void*>(data), shape.sizes, shape.strides, shape.box, ones,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status = encode(&map, type, shape.rank, const_cast<void*>(data), shape.sizes, shape.strides,
+                                   shape.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) tensor_map_failed(status, tensor, data, shape);
     return map;
 }
