@@ -1,9 +1,11 @@
 """Finds, loads and calls the compiled CUDA library; says why it is absent."""
 
+import hashlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -15,16 +17,18 @@ from . import cuda_build, hardware
 # The numbers that csrc/common/dtype.h gives these types.
 DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Wraps each launch with the tensors that it may touch. The simulator, which checks every access, registers them here.
-around_launch: Callable[[list[torch.Tensor]], AbstractContextManager] = lambda tensors: nullcontext()  # noqa: E731
+# Wraps each launch with the tensors that it may touch: the simulator, which checks every access, registers them here.
+around_launch: Callable[[list[torch.Tensor]], AbstractContextManager] | None = None
 
 
 class MissingLibraryError(RuntimeError):
     """There is no usable CUDA library; the message says why and how to get one."""
 
 
-def _load_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gptkernels._cuda", path)
+def load_file(path: Path) -> ModuleType:
+    # Under a name of its own: of a name that it has seen, pybind11 hands out the module it made before.
+    unique = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    spec = importlib.util.spec_from_file_location(f"gptkernels.library_{unique}._cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,7 +46,7 @@ def _find() -> ModuleType | str:
         reasons.append(str(error))
     for path in paths:
         try:
-            library = _load_file(path)
+            library = load_file(path)
         except ImportError as error:
             reasons.append(f"{path.name} does not load: {error}")
             continue
@@ -81,7 +85,29 @@ def unsupported(device: torch.device, only_arch: int | None = None) -> str | Non
         return f"needs compute capability {wanted}, this device has {arch / 10}"
     if only_arch is not None and missing() is None and f"{only_arch}a" not in built_archs():
         return f"the CUDA library was built for {', '.join(built_archs())} only (GPTKERNELS_CUDA_ARCHS)"
-    return missing()
+    return missing() or driver_too_old()
+
+
+@torch.compiler.assume_constant_result
+def driver_too_old() -> str | None:
+    return _driver_too_old()
+
+
+@lru_cache(maxsize=1)
+def _driver_too_old() -> str | None:
+    """Why the driver cannot run the library, or None: a driver is good for all minor versions of its CUDA."""
+    library, driver = load().cuda_version, load().driver_version()
+    if driver // 1000 >= library // 1000:
+        return None
+    found = f"the driver is for CUDA {version_name(driver)}" if driver else "there is no CUDA driver"
+    return (
+        f"{found}, the CUDA library was built with {version_name(library)} (update the driver, or build with its CUDA)"
+    )
+
+
+def version_name(version: int) -> str:
+    """Of a number of CUDA's own, such as 13.0 of 13000"""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 @hardware.constant_under_compile
@@ -92,7 +118,7 @@ def built_archs() -> list[str]:
 
 def toolkit_version() -> str:
     """Of the CUDA toolkit that compiled the library, such as 13.0"""
-    return f"{load().cuda_version // 1000}.{load().cuda_version % 1000 // 10}"
+    return version_name(load().cuda_version)
 
 
 def not_addressable(x: torch.Tensor) -> str | None:
@@ -111,15 +137,38 @@ def addressable(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or not_addressable(x) else x
 
 
-def launch(name: str, *args) -> None:
-    """Calls the library's `name`: tensors go as addresses (None as 0), the current stream is added at the end."""
-    tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    device = tensors[0].device
-    addresses = [
-        value.data_ptr() if isinstance(value, torch.Tensor) else 0 if value is None else value for value in args
-    ]
-    with hardware.on_device(device), around_launch(tensors):
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        status = getattr(load(), name)(*addresses, stream)
-    if status:
-        raise RuntimeError(f"{name}: {load().error_string(status)}")
+# Words that kernels find as zeros and leave as zeros, by device and stream: launches on a stream follow each other.
+_counters: dict[tuple, torch.Tensor] = {}
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def zeroed_counters(device: torch.device) -> torch.Tensor:
+    """-> (2,) int32 zeros for the next launch on the current stream, which must leave them as zeros"""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed on any stream: it has its own, which it clears itself.
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    stream = _stream(device)
+    # cudaStreamPerThread: one handle for a stream of every thread.
+    key = (device.index, stream, threading.get_ident() if stream == 2 else 0)
+    counters = _counters.get(key)
+    if counters is None:
+        counters = _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return counters
+
+
+def launch(name: str, device: torch.device, fields: dict) -> None:
+    """Calls the library's `name` on the current stream. fields: its parameters, by the names that they have in csrc;
+    tensors where it takes addresses, None for those that are absent."""
+    function = getattr(load(), name)
+    with hardware.on_device(device):
+        try:
+            if around_launch is None:
+                return function(fields, _stream(device))
+            with around_launch([value for value in fields.values() if isinstance(value, torch.Tensor)]):
+                return function(fields, _stream(device))
+        except RuntimeError as error:
+            _counters.clear()  # it may have stopped half-way
+            raise RuntimeError(f"{name}: {error}") from None

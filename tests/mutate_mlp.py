@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import mlp_build
+from kernel_variants import Builder, source
+from mlp_build import works
 
 STATEMENT = re.compile(
     r"(?<!auto )\b(mbarrier_wait|mbarrier_arrive_expect|mbarrier_arrive_remote|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
@@ -31,7 +32,7 @@ TIMEOUT_S = 120
 
 def mutants() -> list[tuple[int, str, str | None, str]]:
     """-> line number, what was removed, why that may be harmless, the file's text without it"""
-    text, found = mlp_build.source(), []
+    text, found = source("mlp", "mlp_kernel.cuh"), []
     for match in STATEMENT.finditer(text):
         rest = " ".join(text[match.start() :][:200].split())
         reason = next((why for start, why in HARMLESS.items() if rest.startswith(start)), None)
@@ -40,9 +41,8 @@ def mutants() -> list[tuple[int, str, str | None, str]]:
     return found
 
 
-def survives(folder: Path, name: str, text: str) -> bool:
-    """Whether the kernels made from `text` pass, in a process of their own: a hang counts as caught."""
-    library = mlp_build.build(folder, name, text)
+def survives(library: Path) -> bool:
+    """Whether its kernels pass, in a process of their own: a hang counts as caught."""
     command = [sys.executable, os.path.abspath(__file__), "--run", str(library)]
     try:
         return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode == 0
@@ -55,17 +55,14 @@ def main() -> int:
     parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        import ptxemu.cuda
-
-        ptxemu.cuda.load_runtime()  # before the library's own runtime can be
-        return 0 if mlp_build.works(mlp_build.load(arguments.run)) else 1
+        return 0 if works(arguments.run) else 1
     caught, harmless, missed = 0, 0, []
     with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
-        folder = Path(name)
-        if not survives(folder, "unchanged", mlp_build.source()):
+        builder = Builder(Path(name), "mlp")
+        if not survives(builder.build("unchanged", {})):
             sys.exit("the kernels fail without any change")
         for line, removed, reason, text in mutants():
-            lives = survives(folder, f"line_{line}", text)
+            lives = survives(builder.build(f"line_{line}", {"mlp_kernel.cuh": text}))
             caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
             if lives and not reason:
                 missed.append(f"mlp_kernel.cuh:{line}: {removed}")

@@ -9,7 +9,7 @@ from conftest import Where, device_kind
 from parity import assert_parity, guarded_allocations
 
 import gptkernels as gk
-from gptkernels import UnsupportedError
+from gptkernels import UnsupportedError, cuda_library, hardware
 from gptkernels.ops.attention import cuda_kernels, outputs, reference
 
 SEEDS = range(20)
@@ -155,6 +155,40 @@ def test_grouped_heads(hopper, kv_heads):
     assert_attention_parity(leaves(hopper, 2, 6, kv_heads, 140, 200, 64, torch.bfloat16), window=90)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 1), (8, 2)])
+def test_query_heads_in_parts(hopper, head_dim, heads, kv_heads):
+    """Few key heads and blocks: the query heads of each are split, and their shares of dk and dv added up."""
+    splits = query_head_splits(heads, kv_heads, 150, head_dim, hardware.sm_count(hopper.device))
+    assert splits > 1 or hopper.kind == "cuda"
+    tensors = leaves(hopper, 1, heads, kv_heads, 200, 150, head_dim, torch.bfloat16, "bthd")
+    assert_attention_parity(tensors)
+    assert_attention_parity(tensors, causal=False, window=70)
+
+
+def query_head_splits(heads, kv_heads, k_len, head_dim, sm_count):
+    """In how many parts the query heads of a key head are worked on: as many shares of dk and dv has the workspace."""
+    q, k = (torch.empty(1, h, k_len, head_dim, device="meta") for h in (heads, kv_heads))
+    fields = cuda_kernels.shape_fields(q, k, None, None, True, None, 1.0)
+    block = 64 if head_dim > 128 else 128
+    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    # With one SM nothing is split.
+    bytes_of = cuda_library.load().attention_bwd_workspace_bytes
+    shares = bytes_of(fields, sm_count) - bytes_of(fields, 1)
+    return max(1, shares // (-(-k_len // block) * block * padded * kv_heads * 2 * 4))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "k_len", "splits"),
+    [(32, 8, 2048, 4), (32, 8, 4096, 2), (32, 8, 8192, 1), (64, 8, 1024, 8), (32, 32, 512, 1), (12, 4, 1024, 3)],
+)
+def test_a_gpu_of_132_multiprocessors_is_filled(hopper, heads, kv_heads, k_len, splits):
+    """Two tiles for each, or as many as there are query heads to share out."""
+    assert query_head_splits(heads, kv_heads, k_len, 128, 132) == splits
+    tiles = kv_heads * k_len // 128 * splits
+    assert tiles >= 2 * 132 or splits == heads // kv_heads
+
+
 def test_key_start(hopper):
     key_start = torch.tensor([0, 1, 130, 299, 300, 1000], dtype=torch.int32, device=hopper.device)
     assert_attention_parity(leaves(hopper, 6, 1, 1, 200, 300, 64, torch.bfloat16), key_start=key_start)
@@ -209,7 +243,7 @@ def test_lse_is_the_natural_logarithm(hopper):
 
 def gradients(where, deterministic, window, head_dim=64):
     torch.manual_seed(3)
-    q, k, v = leaves(where, 1, 2, 1, 400, 400, head_dim, torch.bfloat16).values()
+    q, k, v = leaves(where, 1, 2, 1, 400, 400, head_dim, torch.bfloat16).values()  # of dk and dv there are two shares
     dout = torch.randn(1, 2, 400, head_dim).to(where.device, torch.bfloat16)
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -218,21 +252,59 @@ def gradients(where, deterministic, window, head_dim=64):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("window", "head_dim"), [(None, 64), (200, 64), (None, 128), (None, 256)])
-def test_deterministic_gradients_do_not_depend_on_the_schedule(hopper, window, head_dim):
-    first = gradients(hopper, True, window, head_dim)
-    for seed in range(1, 6):
-        with Where(hopper.kind, 90, seed).active():
-            for one, other in zip(first, gradients(hopper, True, window, head_dim), strict=True):
-                assert torch.equal(one, other)
+def on_other_schedules(where, seeds, *options):
+    """Gradients of the same call under each of the seeds"""
+    for seed in seeds:
+        with Where(where.kind, 90, seed).active():
+            yield gradients(where, *options)
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "window", "head_dim"),
+    [(True, None, 64), (True, None, 128), (True, None, 256), (False, 1, 64), (False, 200, 64), (False, 399, 128),
+     (False, 70, 128), (False, 90, 256), (True, 90, 64)],
+)  # fmt: skip
+def test_gradients_do_not_depend_on_the_schedule(hopper, deterministic, window, head_dim):
+    """With a window never, without one by torch's switch."""
+    first = gradients(hopper, deterministic, window, head_dim)
+    for others in on_other_schedules(hopper, range(1, 16), deterministic, window, head_dim):
+        assert all(torch.equal(one, other) for one, other in zip(first, others, strict=True))
 
 
 def test_key_and_value_gradients_never_depend_on_the_schedule(hopper):
     first = gradients(hopper, False, None)
-    for seed in range(1, 4):
-        with Where(hopper.kind, 90, seed).active():
-            for one, other in zip(first[1:], gradients(hopper, False, None)[1:], strict=True):
+    others = list(on_other_schedules(hopper, range(1, 8), False, None))
+    for _, dk, dv in others:
+        assert torch.equal(first[1], dk)
+        assert torch.equal(first[2], dv)
+    # Of dq that is not promised, and the simulator's schedules show it.
+    assert hopper.kind == "cuda" or not all(torch.equal(first[0], dq) for dq, _, _ in others)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_busy_gpu_does_not_stop_the_fixed_order(hopper, window):
+    """CTAs that start only when others have ended: nobody may wait for one that has not begun."""
+    if hopper.kind == "cuda":
+        pytest.skip("a test of the simulator's schedules")
+    import ptxemu.cuda
+
+    expected = gradients(hopper, True, window)
+    for seed in range(6):
+        with Where(hopper.kind, 90, seed).active(), ptxemu.cuda.use(seed=seed, few_ctas=True):
+            for one, other in zip(expected, gradients(hopper, True, window), strict=True):
                 assert torch.equal(one, other)
+
+
+def test_explain_says_whether_gradients_repeat(hopper):
+    q, k, v = leaves(hopper, 1, 1, 1, 64, 64, 64, torch.bfloat16).values()
+    assert "dq is summed in any order" in gk.explain(gk.attention, q, k, v, backend="cuda").detail
+    same = "the gradients have the same bits on every run"
+    assert gk.explain(gk.attention, q, k, v, window=9, backend="cuda").detail == same
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert gk.explain(gk.attention, q, k, v, backend="cuda").detail == same
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_gradient_expanded_from_one_number(hopper):

@@ -1,13 +1,11 @@
 """What the compiler made of the CUDA attention kernels, and what they execute: registers, instructions, bytes."""
 
 import re
-import subprocess
-from functools import cache
 
 import pytest
+import sass
 import torch
-from attention_build import Builder, using
-from compile_gate import tool
+from kernel_variants import Builder, using
 
 from gptkernels import cuda_build, cuda_library, simulator
 from gptkernels.ops.attention import cuda_kernels
@@ -15,12 +13,6 @@ from gptkernels.ops.attention import cuda_kernels
 # Warp instructions per thousand tensor-core FLOPs of FlashAttention-3's own kernels, counted in the same simulator
 # (one head of 128, causal): beyond 0.98 an H100 cannot issue them as fast as its tensor cores multiply.
 FLASH_ATTENTION_3 = {("fwd", 1024): 0.748, ("fwd", 2048): 0.677, ("bwd", 512): 0.665, ("bwd", 1024): 0.616}
-
-
-@cache
-def library_listing(what: str) -> str:
-    path = cuda_library.load().__file__
-    return subprocess.run([str(tool("cuobjdump")), what, path], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -31,14 +23,13 @@ def library():
     return cuda_library.load()
 
 
-def kernels(listing: str, mark: str) -> dict[str, str]:
-    """The parts of a listing by mangled kernel name, of the attention kernels."""
-    parts = re.split(rf"{mark}\s*(_Z\w*)", listing)
-    return {name: part for name, part in zip(parts[1::2], parts[2::2], strict=True) if "attention" in name}
+def kernels(what: str) -> dict[str, str]:
+    """What cuobjdump says of the attention kernels, by name."""
+    return {name: part for name, part in sass.listing(what).items() if "attention" in name}
 
 
 def test_no_kernel_spills(library):
-    resources = kernels(library_listing("--dump-resource-usage"), "Function")
+    resources = kernels("--dump-resource-usage")
     assert len(resources) >= 26
     for name, text in resources.items():
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
@@ -50,8 +41,8 @@ def test_no_kernel_spills(library):
 
 
 def test_the_instructions_that_are_meant(library):
-    sass = kernels(library_listing("--dump-sass"), r"Function :")
-    main = {name: text for name, text in sass.items() if re.search(r"attention_[fb]wd_kernel", name)}
+    code = kernels("--dump-sass")
+    main = {name: text for name, text in code.items() if re.search(r"attention_[fb]wd_kernel", name)}
     assert len(main) >= 14
     for name, text in main.items():
         for instruction in ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "SYNCS"):
@@ -60,6 +51,15 @@ def test_the_instructions_that_are_meant(library):
         # Every product but the first of a group follows without a wait: one that ptxas serialised would not.
         multiplies = len(re.findall(r"\bHGMMA", text))
         assert len(re.findall(r"WARPGROUP\.DEPBAR", text)) * 3 < multiplies, name
+
+
+def test_masks_are_bits(library):
+    """Moved to predicates seven at a time, where two comparisons for each score would take as many instructions."""
+    for name in ("attention_fwd_kernel", "attention_bwd_kernel"):
+        for kernel in sass.kernels(name):
+            masked, comparisons = kernel.count("FSEL"), kernel.count("ISETP")
+            assert kernel.count("R2P") * 8 >= masked * 0.8, kernel.name
+            assert comparisons < 180, f"{kernel.name}: {comparisons} comparisons, {masked} selections"
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def main_kernel_last(tmp_path_factory):
         pytest.skip("this torch brings a CUDA runtime of its own, which libraries bind to instead of the simulator's")
     file = "attention_bwd_passes.cuh"
     text = (cuda_build.source_directory() / "attention" / file).read_text()
-    edited, count = re.subn(r"attention_bwd_end_kernel<T, HeadDim><<<[^;]*;", ";", text)
+    edited, count = re.subn(r"launch<attention_bwd_end_kernel<T, HeadDim>>\([^;]*;", ";", text)
     assert count == 1
-    return Builder(tmp_path_factory.mktemp("build")).build("main_last", {file: edited})
+    return Builder(tmp_path_factory.mktemp("build"), "attention").build("main_last", {file: edited})
 
 
 def counters():
@@ -128,3 +128,16 @@ def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
         assert counters().tensor_flops == flops(192 if head_dim == 64 else 128, 80 if head_dim == 256 else 128, 4)
         cuda_kernels.attention_bwd(torch.randn_like(q), q, k, v, out, lse, *options, False)
         assert counters().tensor_flops == flops(128 if head_dim == 64 else 64, 64 if head_dim == 256 else 128, 10)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "keys", "padded"), [(96, 128, 96), (192, 112, 192), (136, 112, 192), (200, 80, 256)]
+)
+def test_forward_pads_heads_no_further_than_this(library, head_dim, keys, padded):
+    if simulator.cuda_unavailable():
+        pytest.skip(simulator.cuda_unavailable())
+    q, k, v = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(3))
+    with simulator.use(arch=90):
+        cuda_kernels.attention_fwd(q, k, v, None, None, None, False, None, 0.1, 0.0)
+        blocks = -(-300 // 128) * -(-300 // keys)
+        assert counters().tensor_flops == blocks * 4 * 128 * keys * padded

@@ -12,7 +12,7 @@ if not cuda_build.find_nvcc():
     pytest.skip("needs nvcc", allow_module_level=True)
 
 import mutate_attention
-from attention_build import Builder
+from kernel_variants import Builder
 
 EVERY = 12
 REMOVALS = [
@@ -25,7 +25,7 @@ REMOVALS = [
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory):
-    return Builder(tmp_path_factory.mktemp("mutations"))
+    return Builder(tmp_path_factory.mktemp("mutations"), "attention")
 
 
 def test_there_is_much_to_remove():
@@ -34,6 +34,19 @@ def test_there_is_much_to_remove():
 
 def test_nothing_removed(builder):
     assert mutate_attention.survives(builder.build("unchanged", {}))
+
+
+def test_a_first_tile_by_block_index_hangs(builder):
+    """On a busy GPU, where those that it waits for may not have started."""
+    edits = {}
+    for file, taken, instead in (
+        ("attention_bwd_kernel.cuh", "args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile()", "blockIdx.x"),
+        ("attention_bwd_passes.cuh", "params.dq_order == DqOrder::kAny ? ctas : 0", "ctas"),
+    ):
+        text = (cuda_build.source_directory() / "attention" / file).read_text()
+        assert text.count(taken) == 1
+        edits[file] = text.replace(taken, instead)
+    assert not mutate_attention.survives(builder.build("by_block_index", edits))
 
 
 @pytest.mark.parametrize(

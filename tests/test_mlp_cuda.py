@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 from compile_gate import tool
-from mlp_build import CPU, build, load, source, works
+from kernel_variants import Builder, source
+from mlp_build import CPU, works
 from test_mlp import ACTIVATIONS, assert_mlp_parity, make, transposed
 
 import gptkernels as gk
@@ -217,7 +218,7 @@ PLANTED = {
 
 def without(removed: str) -> str:
     """mlp_kernel.cuh without `removed`"""
-    text = source()
+    text = source("mlp", "mlp_kernel.cuh")
     assert text.count(removed) == 1
     kept = "const int n" if removed.endswith("const int n") else ""
     return text.replace(removed, ";" + kept)
@@ -226,6 +227,7 @@ def without(removed: str) -> str:
 def test_planted_bugs_are_caught(library, tmp_path):
     if simulator.cuda_unavailable() or not cuda_build.find_nvcc():
         pytest.skip(simulator.cuda_unavailable() or "nvcc was not found")
-    assert works(load(build(tmp_path, "unchanged", source())))
-    missed = [name for name, removed in PLANTED.items() if works(load(build(tmp_path, name, without(removed))))]
-    assert not missed
+    builder = Builder(tmp_path, "mlp")
+    assert works(builder.build("unchanged", {}))
+    edits = {name: {"mlp_kernel.cuh": without(removed)} for name, removed in PLANTED.items()}
+    assert [name for name, edit in edits.items() if works(builder.build(name, edit))] == []

@@ -34,14 +34,19 @@ struct AttentionFwdParams {
     void* out;              // as q
     AttentionStrides q_strides, k_strides, v_strides, out_strides;
     float* lse;         // (batch, heads, q_len) or (heads, q_len), natural logarithm
-    int* tile_counter;  // (1,), scratch
+    int* tile_counter;  // (2,), zeros, which the kernel leaves as zeros; not shared with launches at the same time
 };
+
+// In which order blocks of keys add to a block of queries of dq: any, or one that gives the same bits on every run.
+// With a band, in descending order nobody waits: at any time CTAs that work on neighbouring blocks of keys have come to
+// different queries. Without one, in ascending order the longest tiles come first.
+enum class DqOrder : int { kAny = 0, kAscending = 1, kDescending = 2 };
 
 struct AttentionBwdParams {
     AttentionShape shape;
     DType dtype;
     int sm_count;
-    bool deterministic;  // fixes the order in which blocks of keys add to dq
+    DqOrder dq_order;
     const void *dout, *q, *k, *v, *out;
     const float* lse;    // as the forward pass left it
     void *dq, *dk, *dv;  // as q, k and v
@@ -49,7 +54,7 @@ struct AttentionBwdParams {
     void* workspace;  // attention_bwd_workspace_bytes of it, aligned to 16 bytes
 };
 
-cudaError_t attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
-cudaError_t attention_bwd(const AttentionBwdParams& params, cudaStream_t stream);
+void attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);
+void attention_bwd(const AttentionBwdParams& params, cudaStream_t stream);
 
-int64_t attention_bwd_workspace_bytes(const AttentionShape& shape);
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count);

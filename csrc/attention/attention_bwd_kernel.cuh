@@ -6,157 +6,186 @@
 
 template <int HeadDim>
 __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArguments& args, char* base) {
-    using C = AttentionBwdTraits<HeadDim>;
+    using Traits = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = args.shape;
     const uint32_t shared = shared_address(base);
     const bool leader = elect_one();
-    RingPlace<C::kStages> place;
+    RingPlace<Traits::kStages> place;
 
-    int index = blockIdx.x;
+    auto take_tile = [&] {
+        int index = 0;
+        if (leader) index = atomicAdd(args.workspace.tile_counter, 1);
+        return from_leader(index, leader);
+    };
+    // CTAs may start in any order, and where additions wait for others, those that they wait for must have started.
+    int index = args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile();
     for (uint32_t tiles = 0;; ++tiles) {
         const RingPlace<2> slot{tiles};
         const RingPlace<1> kv_place{tiles};
-        mbarrier_wait(shared + C::kTileEmpty + 8 * slot.stage(), slot.parity() ^ 1);
+        mbarrier_wait(shared + Traits::kTileEmpty + 8 * slot.stage(), slot.parity() ^ 1);
         // Stays in shared memory: there are few registers.
-        AttentionTile& tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage()];
-        const int block = locate_tile<C::kBlockN>(shape, args.order, index, &tile);
-        if (leader) mbarrier_arrive(shared + C::kTileFull + 8 * slot.stage());
+        AttentionTile& tile = reinterpret_cast<AttentionTile*>(base + Traits::kTiles)[slot.stage()];
+        const int block = locate_tile<Traits::kBlockN>(shape, args.order, index, &tile);
+        if (leader) mbarrier_arrive(shared + Traits::kTileFull + 8 * slot.stage());
         if (block < 0) return;
         if (leader) {
             const int batch = shape.cu_seqlens ? 0 : tile.batch;
-            const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
-            const int group = shape.heads / shape.kv_heads;
+            const BlockRange blocks = query_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile);
+            const int kv_head = tile.head / args.workspace.splits;
 
-            mbarrier_wait(shared + C::kKvEmpty, kv_place.parity() ^ 1);
-            mbarrier_arrive_expect(shared + C::kKvFull, 2 * C::kKvBytes);
+            auto load_keys = [&] {
+                mbarrier_wait(shared + Traits::kKvEmpty, kv_place.parity() ^ 1);
+                mbarrier_arrive_expect(shared + Traits::kKvFull, 2 * Traits::kKvBytes);
 #pragma unroll
-            for (int p = 0; p < C::kPanels; ++p) {
-                const int panel = p * C::kBlockN * C::kRowBytes, row = tile.k_row + tile.block * C::kBlockN;
-                tma_load_4d(shared + C::kK + panel, &args.k, shared + C::kKvFull, p * C::kPanel, row, tile.head, batch);
-                tma_load_4d(shared + C::kV + panel, &args.v, shared + C::kKvFull, p * C::kPanel, row, tile.head, batch);
-            }
+                for (int p = 0; p < Traits::kPanels; ++p) {
+                    const int panel = p * Traits::kBlockN * Traits::kRowBytes,
+                              row = tile.k_row + tile.block * Traits::kBlockN;
+                    tma_load_4d(shared + Traits::kK + panel, &args.k, shared + Traits::kKvFull, p * Traits::kPanel, row,
+                                kv_head, batch);
+                    tma_load_4d(shared + Traits::kV + panel, &args.v, shared + Traits::kKvFull, p * Traits::kPanel, row,
+                                kv_head, batch);
+                }
+            };
             auto load_block = [&](const CUtensorMap* map, const float* statistics, int full, int empty, int tiles,
                                   int statistics_tiles, int head, int m) {
                 const uint32_t barrier = shared + full + 8 * place.stage();
                 mbarrier_wait(shared + empty + 8 * place.stage(), place.parity() ^ 1);
-                mbarrier_arrive_expect(barrier, C::kQBytes + C::kStatisticsBytes);
+                mbarrier_arrive_expect(barrier, Traits::kQBytes + Traits::kStatisticsBytes);
 #pragma unroll
-                for (int p = 0; p < C::kPanels; ++p)
-                    tma_load_4d(shared + tiles + place.stage() * C::kQBytes + p * C::kBlockM * C::kRowBytes, map,
-                                barrier, p * C::kPanel, tile.q_row + m * C::kBlockM, head, batch);
-                bulk_load(shared + statistics_tiles + place.stage() * C::kStatisticsBytes, statistics,
-                          C::kStatisticsBytes, barrier);
+                for (int p = 0; p < Traits::kPanels; ++p)
+                    tma_load_4d(
+                        shared + tiles + place.stage() * Traits::kQBytes + p * Traits::kBlockM * Traits::kRowBytes, map,
+                        barrier, p * Traits::kPanel, tile.q_row + m * Traits::kBlockM, head, batch);
+                bulk_load(shared + statistics_tiles + place.stage() * Traits::kStatisticsBytes, statistics,
+                          Traits::kStatisticsBytes, barrier);
             };
+            // The first queries before the keys: there is room for them while the last tile is still being worked on.
 #pragma unroll 1
-            for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
-                const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
+            for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
+                const int64_t first = first_slot<Traits::kBlockM>(shape, args.workspace, tile, head);
 #pragma unroll 1
                 for (int m = blocks.begin; m < blocks.end; ++m) {
-                    const int64_t at = (first + m) * C::kBlockM;
-                    load_block(&args.q, args.workspace.minus_lse + at, C::kQFull, C::kQEmpty, C::kQ, C::kLse, head, m);
-                    load_block(&args.dout, args.workspace.delta + at, C::kDoutFull, C::kDoutEmpty, C::kDout, C::kDelta,
-                               head, m);
+                    const int64_t at = (first + m) * Traits::kBlockM;
+                    load_block(&args.q, args.workspace.minus_lse + at, Traits::kQFull, Traits::kQEmpty, Traits::kQ,
+                               Traits::kLse, head, m);
+                    load_block(&args.dout, args.workspace.delta + at, Traits::kDoutFull, Traits::kDoutEmpty,
+                               Traits::kDout, Traits::kDelta, head, m);
                     place.advance();
+                    if (m == blocks.begin && head == tile.head * args.group) load_keys();
                 }
             }
-            index = gridDim.x + atomicAdd(args.workspace.tile_counter, 1);
+            if (blocks.begin == blocks.end) load_keys();
         }
-        index = __shfl_sync(~0u, index, 0);
+        __syncwarp();
+        index = take_tile();
     }
 }
 
-// Adds what the consumers leave in shared memory to dq; one thread. In deterministic mode blocks of keys add in
-// ascending order: tiles are handed out in that order too, so that whoever is waited for is running.
+// Adds what the consumers leave in shared memory to dq; one thread. Where blocks of keys add in a fixed order, tiles
+// are handed out in that order too, so that whoever is waited for is running.
 template <int HeadDim>
 __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments& args, char* base) {
-    using C = AttentionBwdTraits<HeadDim>;
+    using Traits = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = args.shape;
     const uint32_t shared = shared_address(base);
     RingPlace<2> slot;
     RingPlace<1> place;
     while (true) {
-        mbarrier_wait(shared + C::kTileFull + 8 * slot.stage(), slot.parity());
-        const AttentionTile tile = reinterpret_cast<AttentionTile*>(base + C::kTiles)[slot.stage()];
-        mbarrier_arrive(shared + C::kTileEmpty + 8 * slot.stage());
-        slot.advance();
+        mbarrier_wait(shared + Traits::kTileFull + 8 * slot.stage(), slot.parity());
+        const AttentionTile& tile = reinterpret_cast<const AttentionTile*>(base + Traits::kTiles)[slot.stage()];
         if (tile.block < 0) break;
-        const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
-        const int group = shape.heads / shape.kv_heads;
+        const BlockRange blocks = query_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile);
 #pragma unroll 1
-        for (int head = tile.head * group; head < (tile.head + 1) * group; ++head) {
-            const int64_t first = first_slot<C::kBlockM>(shape, args.workspace, tile, head);
+        for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
+            const int64_t first = first_slot<Traits::kBlockM>(shape, args.workspace, tile, head);
 #pragma unroll 1
             for (int m = blocks.begin; m < blocks.end; ++m) {
                 int* added = args.workspace.added + first + m;
-                float* dq = args.workspace.dq + (first + m) * (C::kBlockM * HeadDim);
-                if (args.deterministic) {
-                    const int first_key = visible_keys(shape, tile, m * C::kBlockM).first;
-                    while (load_acquire(added) != tile.block - first_key / C::kBlockN) {
+                float* dq = args.workspace.dq + (first + m) * (Traits::kBlockM * HeadDim);
+                int before = -1;  // blocks that add before this one
+                if (args.dq_order != DqOrder::kAny) {
+                    const BlockRange adding = adding_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile, m);
+                    before =
+                        args.dq_order == DqOrder::kAscending ? tile.block - adding.begin : adding.end - 1 - tile.block;
+                    while (load_acquire(added) != before) {
                     }
                     fence_async_proxy_global();
                 }
 #pragma unroll 1
-                for (int piece = 0; piece < C::kDqPieces; ++piece) {
-                    for (int w = 0; w < C::kConsumers; ++w) {
-                        mbarrier_wait(shared + C::kDqFull + 8 * w, place.parity());
-                        bulk_reduce_add(dq + (w * C::kDqPieces + piece) * (C::kDqBytes / 4),
-                                        shared + C::kDq + w * C::kDqBytes, C::kDqBytes);
+                for (int piece = 0; piece < Traits::kDqPieces; ++piece) {
+                    for (int w = 0; w < Traits::kConsumers; ++w) {
+                        mbarrier_wait(shared + Traits::kDqFull + 8 * w, place.parity());
+                        float* to = dq + (w * Traits::kDqPieces + piece) * (Traits::kDqBytes / 4);
+                        const uint32_t from = shared + Traits::kDq + w * Traits::kDqBytes;
+                        if (before == 0)
+                            bulk_store(to, from, Traits::kDqBytes);
+                        else
+                            bulk_reduce_add(to, from, Traits::kDqBytes);
                         bulk_commit();
                         bulk_wait_read();
-                        mbarrier_arrive(shared + C::kDqEmpty + 8 * w);
+                        mbarrier_arrive(shared + Traits::kDqEmpty + 8 * w);
                     }
                     place.advance();
                 }
-                if (args.deterministic) {
+                if (args.dq_order != DqOrder::kAny) {
                     bulk_wait();
                     fence_async_proxy_global();
                     red_release_add(added, 1);
                 }
             }
         }
+        mbarrier_arrive(shared + Traits::kTileEmpty + 8 * slot.stage());
+        slot.advance();
     }
 }
 
 template <class T, int HeadDim>
 __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArguments& args, char* base, int group) {
-    using C = AttentionBwdTraits<HeadDim>;
-    constexpr int kScores = C::kScoreColumns / 2, kGradients = C::kGradientColumns / 2;  // accumulator registers
-    constexpr int kEveryGroup = 1;                                                       // named barrier
+    using Traits = AttentionBwdTraits<HeadDim>;
+    constexpr int kScores = Traits::kScoreColumns / 2,
+                  kGradients = Traits::kGradientColumns / 2;  // accumulator registers
+    constexpr int kEveryGroup = 1;                            // named barrier
     const AttentionShape& shape = args.shape;
     const uint32_t shared = shared_address(base);
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int queries_at = lane % 4 * 2;  // this thread's columns of the scores are 8 i + queries_at + {0, 1}
 
     // What of the keys and of the queries this warpgroup computes scores of, and which columns of dk and dv.
-    const int group_key = C::kSplitColumns ? 0 : group * 64;
-    const int group_query = C::kSplitColumns ? group * C::kScoreColumns : 0;
-    const int group_column = C::kSplitColumns ? group * C::kGradientColumns : 0;
+    const int group_key = Traits::kSplitColumns ? 0 : group * 64;
+    const int group_query = Traits::kSplitColumns ? group * Traits::kScoreColumns : 0;
+    const int group_column = Traits::kSplitColumns ? group * Traits::kGradientColumns : 0;
 
     // Operands, by what they multiply.
-    constexpr int kPanelBytes = C::kBlockN * C::kRowBytes, kQPanelBytes = C::kBlockM * C::kRowBytes;
-    const int q_columns = group_column / C::kPanel * kQPanelBytes;
-    const uint64_t k_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kK + group_key * C::kRowBytes);
-    const uint64_t v_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kV + group_key * C::kRowBytes);
-    const uint64_t q_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kQ + group_query * C::kRowBytes);
-    const uint64_t dout_scores = operand_depth_in_rows<C::kRowBytes>(shared + C::kDout + group_query * C::kRowBytes);
-    const uint64_t q_dk = operand_depth_across_rows<C::kRowBytes>(shared + C::kQ + q_columns, kQPanelBytes);
-    const uint64_t dout_dv = operand_depth_across_rows<C::kRowBytes>(shared + C::kDout + q_columns, kQPanelBytes);
-    const uint64_t ds_dk = operand_depth_in_rows<C::kRowBytes>(shared + C::kDs);
-    const uint64_t weights_dv = operand_depth_in_rows<C::kRowBytes>(shared + C::kWeights);
-    const uint64_t ds_dq = operand_depth_across_rows<C::kRowBytes>(
-        shared + C::kDs + (C::kSplitDqRows ? group * kPanelBytes : 0), kPanelBytes);
-    const uint64_t k_dq = operand_depth_across_rows<C::kRowBytes>(
-        shared + C::kK + (C::kSplitDqRows ? 0 : group * (C::kDqColumns / C::kPanel) * kPanelBytes), kPanelBytes);
+    constexpr int kPanelBytes = Traits::kBlockN * Traits::kRowBytes, kQPanelBytes = Traits::kBlockM * Traits::kRowBytes;
+    const int q_columns = group_column / Traits::kPanel * kQPanelBytes;
+    const uint64_t k_scores =
+        operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kK + group_key * Traits::kRowBytes);
+    const uint64_t v_scores =
+        operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kV + group_key * Traits::kRowBytes);
+    const uint64_t q_scores =
+        operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kQ + group_query * Traits::kRowBytes);
+    const uint64_t dout_scores =
+        operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kDout + group_query * Traits::kRowBytes);
+    const uint64_t q_dk = operand_depth_across_rows<Traits::kRowBytes>(shared + Traits::kQ + q_columns, kQPanelBytes);
+    const uint64_t dout_dv =
+        operand_depth_across_rows<Traits::kRowBytes>(shared + Traits::kDout + q_columns, kQPanelBytes);
+    const uint64_t ds_dk = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kDs);
+    const uint64_t probabilities_dv = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kProbabilities);
+    const uint64_t ds_dq = operand_depth_across_rows<Traits::kRowBytes>(
+        shared + Traits::kDs + (Traits::kSplitDqRows ? group * kPanelBytes : 0), kPanelBytes);
+    const uint64_t k_dq = operand_depth_across_rows<Traits::kRowBytes>(
+        shared + Traits::kK + (Traits::kSplitDqRows ? 0 : group * (Traits::kDqColumns / Traits::kPanel) * kPanelBytes),
+        kPanelBytes);
 
     // Swizzled: the 16-byte unit of a row is exclusive-or'ed with the row.
-    const uint32_t ds_row = shared + C::kDs + (group_key + warp * 16 + lane % 16) * C::kRowBytes +
+    const uint32_t ds_row = shared + Traits::kDs + (group_key + warp * 16 + lane % 16) * Traits::kRowBytes +
                             ((lane / 16 ^ lane % 8 ^ group_query / 8) << 4);
-    const uint32_t dq_to = shared + C::kDq + group * C::kDqBytes + threadIdx.x % kWarpgroup * 16;
-    const uint32_t out_rows = shared + C::kOut + group * C::kOutBytes + warp * 16 * C::kOutPitch;
+    const uint32_t dq_to = shared + Traits::kDq + group * Traits::kDqBytes + threadIdx.x % kWarpgroup * 16;
+    const uint32_t out_rows = shared + Traits::kOut + group * Traits::kOutBytes + warp * 16 * Traits::kOutPitch;
     const float scale = shape.scale * 1.44269504088896f;
 
     float dk[kGradients], dv[kGradients];
-    RingPlace<C::kStages> place;
+    RingPlace<Traits::kStages> place;
     RingPlace<2> slot;
     RingPlace<1> kv_place, dq_place, place_of_ds;
 
@@ -167,9 +196,9 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
         wgmma_fence();
 #pragma unroll
         for (int d = 0; d < HeadDim; d += 16) {
-            const int panel = d / C::kPanel, within = d % C::kPanel * 2;
-            Wgmma<C::kScoreColumns, T, false, false>::multiply(scores, a + (panel * kPanelBytes + within >> 4),
-                                                               b + (panel * kQPanelBytes + within >> 4), d > 0);
+            const int panel = d / Traits::kPanel, within = d % Traits::kPanel * 2;
+            Wgmma<Traits::kScoreColumns, T, false, false>::multiply(scores, a + (panel * kPanelBytes + within >> 4),
+                                                                    b + (panel * kQPanelBytes + within >> 4), d > 0);
         }
         wgmma_commit();
     };
@@ -177,10 +206,10 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
     auto multiply_gradient = [&](float (&gradient)[kGradients], const uint32_t* a, uint64_t shared_a, uint64_t b) {
         wgmma_fence();
 #pragma unroll
-        for (int m = 0; m < C::kBlockM; m += 16) {
-            using Multiply = Wgmma<C::kGradientColumns, T, false, true>;
-            const uint64_t depth = b + (m * C::kRowBytes >> 4);
-            if constexpr (C::kSplitColumns)
+        for (int m = 0; m < Traits::kBlockM; m += 16) {
+            using Multiply = Wgmma<Traits::kGradientColumns, T, false, true>;
+            const uint64_t depth = b + (m * Traits::kRowBytes >> 4);
+            if constexpr (Traits::kSplitColumns)
                 Multiply::multiply(gradient, shared_a + (m * 2 >> 4), depth, true);
             else
                 Multiply::multiply(gradient, a + m / 4, depth, true);
@@ -203,28 +232,39 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 packed[j] = pack<T>(gradient[i + 2 * j] * factor, gradient[i + 2 * j + 1] * factor);
-            stmatrix_x4(out_rows + lane % 16 * C::kOutPitch + lane / 16 * 16 + i * 4, packed[0], packed[1], packed[2],
-                        packed[3]);
+            stmatrix_x4(out_rows + lane % 16 * Traits::kOutPitch + lane / 16 * 16 + i * 4, packed[0], packed[1],
+                        packed[2], packed[3]);
         }
         fence_async_proxy();
         __syncwarp();
-        const int row = tile.block * C::kBlockN + group_key + warp * 16 + lane;
-        const int columns = min(shape.head_dim - group_column, C::kGradientColumns);
+        const int row = tile.block * Traits::kBlockN + group_key + warp * 16 + lane;
+        const int columns = min(shape.head_dim - group_column, Traits::kGradientColumns);
         if (lane < 16 && row < tile.k_len)
             bulk_store(static_cast<T*>(to) + (shape.cu_seqlens ? 0 : tile.batch * strides.batch) +
                            tile.head * strides.head + (tile.k_row + int64_t(row)) * strides.row + group_column,
-                       out_rows + lane * C::kOutPitch, 2 * columns);
+                       out_rows + lane * Traits::kOutPitch, 2 * columns);
         bulk_commit();
     };
 
+    // The order of the accumulator's registers is as good as any: the last pass adds the shares up and sorts them out.
+    auto store_share = [&](const float (&gradient)[kGradients], float* shares, const AttentionTile& tile) {
+        float4* to = reinterpret_cast<float4*>(
+                         shares + (2 * key_slot<Traits::kBlockN>(shape, args.workspace, tile, tile.head) + group) *
+                                      (Traits::kBlockN * HeadDim / 2)) +
+                     threadIdx.x % kWarpgroup;
+#pragma unroll
+        for (int j = 0; j < kGradients; j += 4)
+            to[j / 4 * kWarpgroup] = float4{gradient[j], gradient[j + 1], gradient[j + 2], gradient[j + 3]};
+    };
+
     while (true) {
-        mbarrier_wait(shared + C::kTileFull + 8 * slot.stage(), slot.parity());
+        mbarrier_wait(shared + Traits::kTileFull + 8 * slot.stage(), slot.parity());
         // Stays in shared memory: the loop has no registers for it.
-        const AttentionTile& tile = reinterpret_cast<const AttentionTile*>(base + C::kTiles)[slot.stage()];
+        const AttentionTile& tile = reinterpret_cast<const AttentionTile*>(base + Traits::kTiles)[slot.stage()];
         if (tile.block < 0) break;
 
-        const BlockRange blocks = query_blocks<C::kBlockM, C::kBlockN>(shape, tile);
-        const int first_key = tile.block * C::kBlockN + group_key;
+        const BlockRange blocks = query_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile);
+        const int first_key = tile.block * Traits::kBlockN + group_key;
         // Queries that see every key of the warpgroup: blocks within need no mask.
         const KeyRange common = {
             max(visible_queries(shape, tile, first_key).first, visible_queries(shape, tile, first_key + 63).first),
@@ -232,55 +272,57 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
 #pragma unroll
         for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
 
-        mbarrier_wait(shared + C::kKvFull, kv_place.parity());
+        mbarrier_wait(shared + Traits::kKvFull, kv_place.parity());
         kv_place.advance();
-        if (shape.cu_seqlens && (tile.block + 1) * C::kBlockN > tile.k_len) {
-            const int from = tile.k_len - tile.block * C::kBlockN, thread = threadIdx.x - kWarpgroup;
-            clear_rows<C::kPanels, C::kBlockN, C::kRowBytes>(base + C::kK, from, thread, 2 * kWarpgroup);
-            clear_rows<C::kPanels, C::kBlockN, C::kRowBytes>(base + C::kV, from, thread, 2 * kWarpgroup);
+        if (shape.cu_seqlens && (tile.block + 1) * Traits::kBlockN > tile.k_len) {
+            const int from = tile.k_len - tile.block * Traits::kBlockN, thread = threadIdx.x - kWarpgroup;
+            clear_rows<Traits::kPanels, Traits::kBlockN, Traits::kRowBytes>(base + Traits::kK, from, thread,
+                                                                            2 * kWarpgroup);
+            clear_rows<Traits::kPanels, Traits::kBlockN, Traits::kRowBytes>(base + Traits::kV, from, thread,
+                                                                            2 * kWarpgroup);
             fence_async_proxy();
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
         }
-        const int iterations = (blocks.end - blocks.begin) * (shape.heads / shape.kv_heads);
+        const int iterations = (blocks.end - blocks.begin) * args.group;
         int m = blocks.begin;
         for (int i = 0; i < iterations; ++i) {
-            float scores[kScores], dscores[kScores], dq[C::kDqColumns / 2];
-            uint32_t weights[kScores / 2], packed[kScores / 2];
-            auto pack_weights = [&] {
+            float scores[kScores], dscores[kScores], dq[Traits::kDqColumns / 2];
+            uint32_t probabilities[kScores / 2], packed[kScores / 2];
+            auto pack_probabilities = [&] {
 #pragma unroll
-                for (int j = 0; j < kScores; j += 2) weights[j / 2] = pack<T>(scores[j], scores[j + 1]);
+                for (int j = 0; j < kScores; j += 2) probabilities[j / 2] = pack<T>(scores[j], scores[j + 1]);
             };
-            const uint64_t stage = place.stage() * (C::kQBytes >> 4);
-            mbarrier_wait(shared + C::kQFull + 8 * place.stage(), place.parity());
-            if (shape.cu_seqlens && (m + 1) * C::kBlockM > tile.q_len) {
-                const int from = tile.q_len - m * C::kBlockM, thread = threadIdx.x - kWarpgroup;
-                mbarrier_wait(shared + C::kDoutFull + 8 * place.stage(), place.parity());
-                clear_rows<C::kPanels, C::kBlockM, C::kRowBytes>(base + C::kQ + place.stage() * C::kQBytes, from,
-                                                                 thread, 2 * kWarpgroup);
-                clear_rows<C::kPanels, C::kBlockM, C::kRowBytes>(base + C::kDout + place.stage() * C::kQBytes, from,
-                                                                 thread, 2 * kWarpgroup);
+            const uint64_t stage = place.stage() * (Traits::kQBytes >> 4);
+            mbarrier_wait(shared + Traits::kQFull + 8 * place.stage(), place.parity());
+            if (shape.cu_seqlens && (m + 1) * Traits::kBlockM > tile.q_len) {
+                const int from = tile.q_len - m * Traits::kBlockM, thread = threadIdx.x - kWarpgroup;
+                mbarrier_wait(shared + Traits::kDoutFull + 8 * place.stage(), place.parity());
+                clear_rows<Traits::kPanels, Traits::kBlockM, Traits::kRowBytes>(
+                    base + Traits::kQ + place.stage() * Traits::kQBytes, from, thread, 2 * kWarpgroup);
+                clear_rows<Traits::kPanels, Traits::kBlockM, Traits::kRowBytes>(
+                    base + Traits::kDout + place.stage() * Traits::kQBytes, from, thread, 2 * kWarpgroup);
                 fence_async_proxy();
                 named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
             }
             multiply_scores(scores, k_scores, q_scores + stage);
-            mbarrier_wait(shared + C::kDoutFull + 8 * place.stage(), place.parity());
+            mbarrier_wait(shared + Traits::kDoutFull + 8 * place.stage(), place.parity());
             multiply_scores(dscores, v_scores, dout_scores + stage);
             wgmma_wait<1>();
             pin(scores);
 
-            const int query = m * C::kBlockM + group_query;
-            if (query < common.first || query + C::kScoreColumns - 1 > common.last) {
+            const int query = m * Traits::kBlockM + group_query;
+            if (query < common.first || query + Traits::kScoreColumns - 1 > common.last) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int key = tile.block * C::kBlockN + group_key + warp * 16 + lane / 4 + 8 * h;
+                    const int key = tile.block * Traits::kBlockN + group_key + warp * 16 + lane / 4 + 8 * h;
                     const KeyRange queries = visible_queries(shape, tile, key);
                     mask_row(scores, h, queries.first - query - queries_at, queries.last - query - queries_at);
                 }
             }
             const float2* minus_lse = reinterpret_cast<const float2*>(
-                base + C::kLse + place.stage() * C::kStatisticsBytes + (group_query + queries_at) * 4);
+                base + Traits::kLse + place.stage() * Traits::kStatisticsBytes + (group_query + queries_at) * 4);
             const float2* delta = reinterpret_cast<const float2*>(
-                base + C::kDelta + place.stage() * C::kStatisticsBytes + (group_query + queries_at) * 4);
+                base + Traits::kDelta + place.stage() * Traits::kStatisticsBytes + (group_query + queries_at) * 4);
 #pragma unroll
             for (int j = 0; j < kScores; j += 4) {
                 const float2 l = minus_lse[j];
@@ -289,15 +331,15 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
                 scores[j + 2] = exp2_approx(fmaf(scores[j + 2], scale, l.x));
                 scores[j + 3] = exp2_approx(fmaf(scores[j + 3], scale, l.y));
             }
-            if constexpr (C::kDvFirst) {
-                pack_weights();
-                multiply_gradient(dv, weights, weights_dv, dout_dv + stage);
+            if constexpr (Traits::kDvFirst) {
+                pack_probabilities();
+                multiply_gradient(dv, probabilities, probabilities_dv, dout_dv + stage);
                 wgmma_wait<1>();
             } else {
                 wgmma_wait<0>();
             }
             pin(dscores);
-            if constexpr (!C::kDvFirst) pack_weights();
+            if constexpr (!Traits::kDvFirst) pack_probabilities();
 #pragma unroll
             for (int j = 0; j < kScores; j += 4) {
                 const float2 d = delta[j];
@@ -305,65 +347,72 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
                 packed[j / 2 + 1] =
                     pack<T>(scores[j + 2] * (dscores[j + 2] - d.x), scores[j + 3] * (dscores[j + 3] - d.y));
             }
-            constexpr bool kDvLast = C::kSplitColumns;
-            if constexpr (!C::kDvFirst && !kDvLast) multiply_gradient(dv, weights, weights_dv, dout_dv + stage);
-            mbarrier_wait(shared + C::kDsEmpty, place_of_ds.parity() ^ 1);
+            constexpr bool kDvLast = Traits::kSplitColumns;
+            if constexpr (!Traits::kDvFirst && !kDvLast)
+                multiply_gradient(dv, probabilities, probabilities_dv, dout_dv + stage);
+            mbarrier_wait(shared + Traits::kDsEmpty, place_of_ds.parity() ^ 1);
             place_of_ds.advance();
             store_scores(ds_row, packed);
-            if constexpr (C::kSplitColumns) store_scores(ds_row + C::kWeights - C::kDs, weights);
+            if constexpr (Traits::kSplitColumns)
+                store_scores(ds_row + Traits::kProbabilities - Traits::kDs, probabilities);
             fence_async_proxy();
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);
             wgmma_fence();
 #pragma unroll
-            for (int n = 0; n < C::kBlockN; n += 16)
-                Wgmma<C::kDqColumns, T, true, true>::multiply(dq, ds_dq + (n * C::kRowBytes >> 4),
-                                                              k_dq + (n * C::kRowBytes >> 4), n > 0);
+            for (int n = 0; n < Traits::kBlockN; n += 16)
+                Wgmma<Traits::kDqColumns, T, true, true>::multiply(dq, ds_dq + (n * Traits::kRowBytes >> 4),
+                                                                   k_dq + (n * Traits::kRowBytes >> 4), n > 0);
             wgmma_commit();
-            if constexpr (kDvLast) multiply_gradient(dv, weights, weights_dv, dout_dv + stage);
+            if constexpr (kDvLast) multiply_gradient(dv, probabilities, probabilities_dv, dout_dv + stage);
             multiply_gradient(dk, packed, ds_dk, q_dk + stage);
 
             auto release_dout = [&] {
                 pin(dv);
-                pin(weights);
-                arrive(C::kDsEmpty);
-                arrive(C::kDoutEmpty + 8 * place.stage());
+                pin(probabilities);
+                arrive(Traits::kDsEmpty);
+                arrive(Traits::kDoutEmpty + 8 * place.stage());
             };
             wgmma_wait<kDvLast ? 2 : 1>();
             pin(dq);
             if constexpr (!kDvLast) release_dout();
 #pragma unroll
-            for (int piece = 0; piece < C::kDqPieces; ++piece) {
-                mbarrier_wait(shared + C::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
+            for (int piece = 0; piece < Traits::kDqPieces; ++piece) {
+                mbarrier_wait(shared + Traits::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
                 dq_place.advance();
 #pragma unroll
-                for (int j = 0; j < C::kDqRegisters; j += 4) {
-                    const float* x = dq + piece * C::kDqRegisters + j;
+                for (int j = 0; j < Traits::kDqRegisters; j += 4) {
+                    const float* x = dq + piece * Traits::kDqRegisters + j;
                     *reinterpret_cast<float4*>(base + (dq_to - shared) + j * 4 * kWarpgroup) =
                         float4{x[0], x[1], x[2], x[3]};
                 }
                 fence_async_proxy();
                 __syncwarp();
-                arrive(C::kDqFull + 8 * group);
+                arrive(Traits::kDqFull + 8 * group);
             }
 
             wgmma_wait<0>();
             if constexpr (kDvLast) release_dout();
             pin(dk);
             pin(packed);
-            arrive(C::kQEmpty + 8 * place.stage());
+            arrive(Traits::kQEmpty + 8 * place.stage());
             place.advance();
             if (++m == blocks.end) m = blocks.begin;
         }
-        if constexpr (C::kSplitColumns)
+        if constexpr (Traits::kSplitColumns)
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);  // rows go out over K and V
         else
-            arrive(C::kKvEmpty);
-        store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
-        store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
-        if constexpr (C::kSplitColumns) bulk_wait_read();
+            arrive(Traits::kKvEmpty);
+        if (args.workspace.splits > 1) {
+            store_share(dv, args.workspace.dv_shares, tile);
+            store_share(dk, args.workspace.dk_shares, tile);
+        } else {
+            store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
+            store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
+        }
+        if constexpr (Traits::kSplitColumns) bulk_wait_read();
         __syncwarp();
-        if constexpr (C::kSplitColumns) arrive(C::kKvEmpty);
-        arrive(C::kTileEmpty + 8 * slot.stage());
+        if constexpr (Traits::kSplitColumns) arrive(Traits::kKvEmpty);
+        arrive(Traits::kTileEmpty + 8 * slot.stage());
         slot.advance();
     }
     bulk_wait_read();
@@ -372,7 +421,7 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ AttentionBwdArguments args) {
-    using C = AttentionBwdTraits<HeadDim>;
+    using Traits = AttentionBwdTraits<HeadDim>;
     extern __shared__ __align__(1024) char base[];
     const int warp = warp_index();
     if (warp == 0 && elect_one()) {
@@ -381,33 +430,33 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
         prefetch_tensor_map(&args.dout);
         prefetch_tensor_map(&args.k);
         prefetch_tensor_map(&args.v);
-        constexpr int kWarps = 4 * C::kConsumers;
-        for (int i = 0; i < C::kStages; ++i) {
-            mbarrier_init(shared + C::kQFull + 8 * i, 1);
-            mbarrier_init(shared + C::kDoutFull + 8 * i, 1);
-            mbarrier_init(shared + C::kQEmpty + 8 * i, kWarps);
-            mbarrier_init(shared + C::kDoutEmpty + 8 * i, kWarps);
+        constexpr int kWarps = 4 * Traits::kConsumers;
+        for (int i = 0; i < Traits::kStages; ++i) {
+            mbarrier_init(shared + Traits::kQFull + 8 * i, 1);
+            mbarrier_init(shared + Traits::kDoutFull + 8 * i, 1);
+            mbarrier_init(shared + Traits::kQEmpty + 8 * i, kWarps);
+            mbarrier_init(shared + Traits::kDoutEmpty + 8 * i, kWarps);
         }
-        for (int i = 0; i < C::kConsumers; ++i) {
-            mbarrier_init(shared + C::kDqFull + 8 * i, 4);
-            mbarrier_init(shared + C::kDqEmpty + 8 * i, 1);
+        for (int i = 0; i < Traits::kConsumers; ++i) {
+            mbarrier_init(shared + Traits::kDqFull + 8 * i, 4);
+            mbarrier_init(shared + Traits::kDqEmpty + 8 * i, 1);
         }
         for (int i = 0; i < 2; ++i) {
-            mbarrier_init(shared + C::kTileFull + 8 * i, 1);
-            mbarrier_init(shared + C::kTileEmpty + 8 * i, kWarps + 1);
+            mbarrier_init(shared + Traits::kTileFull + 8 * i, 1);
+            mbarrier_init(shared + Traits::kTileEmpty + 8 * i, kWarps + 1);
         }
-        mbarrier_init(shared + C::kKvFull, 1);
-        mbarrier_init(shared + C::kKvEmpty, kWarps);
-        mbarrier_init(shared + C::kDsEmpty, kWarps);
+        mbarrier_init(shared + Traits::kKvFull, 1);
+        mbarrier_init(shared + Traits::kKvEmpty, kWarps);
+        mbarrier_init(shared + Traits::kDsEmpty, kWarps);
         fence_mbarrier_init();
     }
     __syncthreads();
     if (warp < 4) {
-        give_registers<C::kProducerRegisters>();
+        give_registers<Traits::kProducerRegisters>();
         if (warp == 0) attention_bwd_produce<HeadDim>(args, base);
         if (warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, base);
     } else {
-        take_registers<C::kConsumerRegisters>();
+        take_registers<Traits::kConsumerRegisters>();
         attention_bwd_consume<T, HeadDim>(args, base, warp / 4 - 1);
     }
 }

@@ -5,21 +5,24 @@
 
 struct AttentionBwdPassArguments {
     AttentionShape shape;
-    AttentionTileOrder order;  // over blocks of queries
+    AttentionTileOrder order, key_order;  // over blocks of queries, and of keys of each key head
+    int query_blocks;                     // no fewer than there are
     AttentionBwdWorkspace workspace;
-    AttentionStrides out_strides, dout_strides, dq_strides;
+    AttentionStrides out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
     const void *out, *dout;
     const float* lse;
-    void* dq;
+    void *dq, *dk, *dv;
+    DqOrder dq_order;
+    int first_tile;  // that the main kernel's CTAs take from the counter
 };
 
 __device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const AttentionTile& tile,
                                               const AttentionStrides& strides, int row) {
-    return (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head +
-           (tile.q_row + int64_t(row)) * strides.row;
+    return (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head + int64_t(row) * strides.row;
 }
 
-// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to.
+// One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to. Where the order
+// of the additions is fixed the first of them writes instead.
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const AttentionBwdPassArguments args) {
     constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
@@ -28,20 +31,25 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     __shared__ AttentionTile tile;
     if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
     __syncthreads();
-    if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = args.first_tile;
     if (tile.block < 0) return;
     const int64_t slot = first_slot<kBlockM>(shape, args.workspace, tile, tile.head) + tile.block;
     if (threadIdx.x == 0) args.workspace.added[slot] = 0;
-    float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * (kBlockM * HeadDim));
-    for (int i = threadIdx.x; i < kBlockM * HeadDim / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+    const BlockRange adding = adding_blocks<kBlockM, AttentionBwdBlock<HeadDim>::kBlockN>(shape, tile, tile.block);
+    if (args.dq_order == DqOrder::kAny || adding.begin == adding.end) {
+        float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * (kBlockM * HeadDim));
+        for (int i = threadIdx.x; i < kBlockM * HeadDim / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+    }
 
     const int column = threadIdx.x % kRowThreads * 8;
     for (int i = threadIdx.x / kRowThreads; i < kBlockM; i += blockDim.x / kRowThreads) {
         const int row = tile.block * kBlockM + i;
         float delta = 0.f;
         if (row < tile.q_len && column < shape.head_dim) {
-            const T* out = static_cast<const T*>(args.out) + row_offset(shape, tile, args.out_strides, row) + column;
-            const T* dout = static_cast<const T*>(args.dout) + row_offset(shape, tile, args.dout_strides, row) + column;
+            const T* out =
+                static_cast<const T*>(args.out) + row_offset(shape, tile, args.out_strides, tile.q_row + row) + column;
+            const T* dout = static_cast<const T*>(args.dout) +
+                            row_offset(shape, tile, args.dout_strides, tile.q_row + row) + column;
             const uint4 a = *reinterpret_cast<const uint4*>(out), b = *reinterpret_cast<const uint4*>(dout);
 #pragma unroll
             for (int j = 0; j < 8; ++j)
@@ -59,96 +67,140 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     }
 }
 
-// One CTA to a block of queries: dq from the main kernel's accumulator order to rows of T.
-template <class T, int HeadDim>
-__global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionBwdPassArguments args) {
-    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
-    constexpr bool kSplitRows = AttentionBwdBlock<HeadDim>::kSplitDqRows;
-    constexpr int kColumns = AttentionBwdBlock<HeadDim>::kDqColumns;
+// A block of `Rows` rows by HeadDim columns from the main kernel's accumulator order to rows of T, as a sum of `shares`
+// that are `apart` floats apart. Its two warpgroups hold half of the rows each, or half of the columns.
+template <class T, int HeadDim, int Rows>
+__device__ __forceinline__ void store_block(const float* from, int shares, int64_t apart, float factor, T* to,
+                                            int64_t row_stride, int row_count, int head_dim, char* rows) {
+    constexpr bool kSplitRows = Rows == 128;
+    constexpr int kColumns = kSplitRows ? HeadDim : HeadDim / 2;
     constexpr int kPitch = 2 * kColumns + 16;
     constexpr int kRowThreads = kColumns / 8;
-    const AttentionShape& shape = args.shape;
-    __shared__ AttentionTile tile;
-    if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
-    __syncthreads();
-    if (tile.block < 0) return;
     const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t slot = first_slot<kBlockM>(shape, args.workspace, tile, tile.head) + tile.block;
-    const float4* dq = reinterpret_cast<const float4*>(args.workspace.dq + slot * (kBlockM * HeadDim)) +
-                       group * (kBlockM * HeadDim / 8) + threadIdx.x % kWarpgroup;
-    __shared__ __align__(16) char rows[8][16 * kPitch];
+    const float4* sources =
+        reinterpret_cast<const float4*>(from + group * (Rows * HeadDim / 2)) + threadIdx.x % kWarpgroup;
+    rows += warp * 16 * kPitch;
 #pragma unroll
     for (int i = 0; i < kColumns / 8; i += 2) {
         uint32_t packed[4];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float4 x = dq[(i + j) * kWarpgroup];
-            packed[2 * j] = pack<T>(x.x * shape.scale, x.y * shape.scale);
-            packed[2 * j + 1] = pack<T>(x.z * shape.scale, x.w * shape.scale);
+            float4 x = sources[(i + j) * kWarpgroup];
+#pragma unroll 1
+            for (int share = 1; share < shares; ++share) {
+                const float4 other = sources[share * apart / 4 + (i + j) * kWarpgroup];
+                x = {x.x + other.x, x.y + other.y, x.z + other.z, x.w + other.w};
+            }
+            packed[2 * j] = pack<T>(x.x * factor, x.y * factor);
+            packed[2 * j + 1] = pack<T>(x.z * factor, x.w * factor);
         }
-        stmatrix_x4(shared_address(rows[warp]) + lane % 16 * kPitch + lane / 16 * 16 + i * 16, packed[0], packed[1],
+        stmatrix_x4(shared_address(rows) + lane % 16 * kPitch + lane / 16 * 16 + i * 16, packed[0], packed[1],
                     packed[2], packed[3]);
     }
     __syncwarp();
-    const int first_row = tile.block * kBlockM + warp % 4 * 16 + (kSplitRows ? 64 * group : 0);
+    const int first_row = warp % 4 * 16 + (kSplitRows ? 64 * group : 0);
     const int within = lane % kRowThreads * 8;
     const int column = (kSplitRows ? 0 : kColumns * group) + within;
 #pragma unroll
     for (int i = lane / kRowThreads; i < 16; i += 32 / kRowThreads)
-        if (first_row + i < tile.q_len && column < shape.head_dim)
-            *reinterpret_cast<uint4*>(static_cast<T*>(args.dq) +
-                                      row_offset(shape, tile, args.dq_strides, first_row + i) + column) =
-                *reinterpret_cast<const uint4*>(rows[warp] + i * kPitch + within * 2);
+        if (first_row + i < row_count && column < head_dim)
+            *reinterpret_cast<uint4*>(to + (first_row + i) * row_stride + column) =
+                *reinterpret_cast<const uint4*>(rows + i * kPitch + within * 2);
+}
+
+// One CTA to a block of queries, for dq; then, if they have shares, one to a block of keys for dk and one for dv.
+template <class T, int HeadDim>
+__global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionBwdPassArguments args) {
+    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM, kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
+    const AttentionShape& shape = args.shape;
+    const AttentionBwdWorkspace& workspace = args.workspace;
+    __shared__ AttentionTile tile;
+    __shared__ __align__(16) char rows[8 * 16 * (2 * (HeadDim == 64 ? 64 : 128) + 16)];
+    const int key_index = int(blockIdx.x) - args.query_blocks;
+    if (threadIdx.x < 32) {
+        if (key_index < 0)
+            locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
+        else
+            locate_tile<kBlockN>(shape, args.key_order, key_index / 2, &tile);
+    }
+    __syncthreads();
+    if (tile.block < 0) return;
+    if (key_index < 0) {
+        const int64_t slot = first_slot<kBlockM>(shape, workspace, tile, tile.head) + tile.block;
+        const int row = tile.block * kBlockM;
+        store_block<T, HeadDim, kBlockM>(
+            workspace.dq + slot * (kBlockM * HeadDim), 1, 0, shape.scale,
+            static_cast<T*>(args.dq) + row_offset(shape, tile, args.dq_strides, tile.q_row + row), args.dq_strides.row,
+            tile.q_len - row, shape.head_dim, rows);
+    } else {
+        const bool is_dk = key_index % 2;
+        const AttentionStrides& strides = is_dk ? args.dk_strides : args.dv_strides;
+        constexpr int64_t kSize = kBlockN * HeadDim;
+        const int64_t slot = key_slot<kBlockN>(shape, workspace, tile, tile.head * workspace.splits);
+        const int row = tile.block * kBlockN;
+        store_block<T, HeadDim, kBlockN>(
+            (is_dk ? workspace.dk_shares : workspace.dv_shares) + slot * kSize, workspace.splits,
+            workspace.key_slots_per_head * kSize, is_dk ? shape.scale : 1.f,
+            static_cast<T*>(is_dk ? args.dk : args.dv) + row_offset(shape, tile, strides, tile.k_row + row),
+            strides.row, tile.k_len - row, shape.head_dim, rows);
+    }
 }
 
 template <class T, int HeadDim>
-cudaError_t attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
-    using C = AttentionBwdTraits<HeadDim>;
+void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
+    using Traits = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
-    const int group = shape.heads / shape.kv_heads;
-
     AttentionBwdPassArguments pass;
     pass.shape = shape;
-    pass.order = attention_tile_order(shape, shape.heads, shape.q_len, C::kBlockM, 0, false);
-    attention_bwd_workspace<HeadDim>(shape, params.workspace, &pass.workspace);
+    pass.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM, 0, false);
+    attention_bwd_workspace<HeadDim>(shape, params.sm_count, params.workspace, &pass.workspace);
+    const int parts = shape.kv_heads * pass.workspace.splits;
+    pass.key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN, 0, false);
     pass.out_strides = params.out_strides;
     pass.dout_strides = params.dout_strides;
     pass.dq_strides = params.dq_strides;
+    pass.dk_strides = params.dk_strides;
+    pass.dv_strides = params.dv_strides;
     pass.out = params.out;
     pass.dout = params.dout;
     pass.lse = params.lse;
     pass.dq = params.dq;
+    pass.dk = params.dk;
+    pass.dv = params.dv;
 
+    bind_device();
     AttentionBwdArguments args;
-    constexpr auto type = tensor_map_type<T>();
-    auto map = [&](CUtensorMap* to, const void* data, const AttentionStrides& strides, int heads, int rows, int box) {
-        return attention_tensor_map(to, type, data, strides, shape, heads, rows, C::kPanel, box);
+    auto map = [&](const char* tensor, const void* data, const AttentionStrides& strides, int heads, int rows,
+                   int box) {
+        return attention_tensor_map<T>(tensor, data, strides, shape, heads, rows, Traits::kPanel, box);
     };
-    if (!map(&args.q, params.q, params.q_strides, shape.heads, shape.q_len, C::kBlockM) ||
-        !map(&args.dout, params.dout, params.dout_strides, shape.heads, shape.q_len, C::kBlockM) ||
-        !map(&args.k, params.k, params.k_strides, shape.kv_heads, shape.k_len, C::kBlockN) ||
-        !map(&args.v, params.v, params.v_strides, shape.kv_heads, shape.k_len, C::kBlockN))
-        return cudaErrorInvalidValue;
+    args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, Traits::kBlockM);
+    args.dout = map("dout", params.dout, params.dout_strides, shape.heads, shape.q_len, Traits::kBlockM);
+    args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
+    args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
     args.shape = shape;
     // Queries, dout and float32 dq are what blocks of keys share.
-    args.order = attention_tile_order(shape, shape.kv_heads, shape.k_len, C::kBlockN,
-                                      int64_t(shape.q_len) * HeadDim * 8 * group, false);
+    args.group = shape.heads / parts;
+    args.order =
+        attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
+                             int64_t(shape.q_len) * HeadDim * 8 * args.group, params.dq_order == DqOrder::kDescending);
     args.dk_strides = params.dk_strides;
     args.dv_strides = params.dv_strides;
     args.dk = params.dk;
     args.dv = params.dv;
     args.workspace = pass.workspace;
-    args.deterministic = params.deterministic;
+    args.dq_order = params.dq_order;
 
-    const int64_t passes = attention_tile_count(shape, pass.order, shape.q_len, C::kBlockM);
-    const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, C::kBlockN);
-    const auto kernel = attention_bwd_kernel<T, HeadDim>;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes))
-        return error;
-    attention_bwd_begin_kernel<T, HeadDim><<<unsigned(passes), 256, 0, stream>>>(pass);
-    if (cudaError_t error = cudaGetLastError()) return error;
-    kernel<<<int(tiles < params.sm_count ? tiles : params.sm_count), C::kThreads, C::kSharedBytes, stream>>>(args);
-    if (cudaError_t error = cudaGetLastError()) return error;
-    attention_bwd_end_kernel<T, HeadDim><<<unsigned(passes), 256, 0, stream>>>(pass);
-    return cudaGetLastError();
+    pass.query_blocks = attention_tile_count(shape, pass.order, shape.q_len, Traits::kBlockM);
+    const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, Traits::kBlockN);
+    const unsigned ctas = unsigned(tiles < params.sm_count ? tiles : params.sm_count);
+    pass.dq_order = params.dq_order;
+    pass.first_tile = params.dq_order == DqOrder::kAny ? ctas : 0;
+    const unsigned query_blocks = pass.query_blocks;
+    const unsigned key_blocks = attention_tile_count(shape, pass.key_order, shape.k_len, Traits::kBlockN);
+    const unsigned last_ctas = query_blocks + (pass.workspace.splits > 1 ? 2 * key_blocks : 0);
+    launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", {query_blocks, 256, 0, stream}, pass);
+    launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel",
+                                             {ctas, Traits::kThreads, Traits::kSharedBytes, stream}, args);
+    launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream}, pass);
 }

@@ -16,18 +16,41 @@ struct AttentionBwdBlock {
 struct AttentionBwdWorkspace {
     int64_t slots_per_head;  // of one batch entry; of all documents with cu_seqlens
     int* tile_counter;
-    int* added;        // (slots,): how many blocks of keys have added to dq, when their order is fixed
+    int* added;        // (slots,): how many blocks of keys have added to dq, where their order is fixed
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
     float* delta;      // (slots, kBlockM): row sums of out * dout
     float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
+    // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
+    int splits;
+    int64_t key_slots_per_head;    // blocks of keys have slots as well, of each part of each key head
+    float *dk_shares, *dv_shares;  // (key slots, kBlockN * HeadDim), as dq; null without splits
 };
 
+// As few as make two tiles for each SM, so that the longest of them are not what everybody waits for.
 template <int HeadDim>
-int64_t attention_bwd_workspace(const AttentionShape& shape, void* base, AttentionBwdWorkspace* workspace) {
-    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
-    const int64_t blocks = (int64_t(shape.q_len) + kBlockM - 1) / kBlockM;
-    workspace->slots_per_head = shape.cu_seqlens ? shape.q_len / kBlockM + shape.batch : blocks;
-    const int64_t slots = workspace->slots_per_head * shape.heads * (shape.cu_seqlens ? 1 : shape.batch);
+int query_head_splits(const AttentionShape& shape, int sm_count) {
+    constexpr int kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
+    const int group = shape.heads / shape.kv_heads;
+    const int64_t blocks = shape.cu_seqlens ? shape.k_len / kBlockN + 1 : shape.batch * ceil_div(shape.k_len, kBlockN);
+    int splits = 1;
+    while (splits < group && (group % splits || blocks * shape.kv_heads * splits < 2 * int64_t(sm_count))) ++splits;
+    return splits;
+}
+
+template <int HeadDim>
+int64_t attention_bwd_workspace(const AttentionShape& shape, int sm_count, void* base,
+                                AttentionBwdWorkspace* workspace) {
+    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM, kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
+    auto slots_per_head = [&](int rows, int block) {
+        return shape.cu_seqlens ? rows / block + int64_t(shape.batch) : ceil_div(rows, block);
+    };
+    const int64_t batch = shape.cu_seqlens ? 1 : shape.batch;
+    workspace->slots_per_head = slots_per_head(shape.q_len, kBlockM);
+    workspace->key_slots_per_head = slots_per_head(shape.k_len, kBlockN);
+    workspace->splits = query_head_splits<HeadDim>(shape, sm_count);
+    const int64_t slots = workspace->slots_per_head * shape.heads * batch;
+    const int64_t key_slots =
+        workspace->splits == 1 ? 0 : workspace->key_slots_per_head * shape.kv_heads * workspace->splits * batch;
     char* at = static_cast<char*>(base);
     auto take = [&](int64_t bytes) {
         char* taken = at;
@@ -39,6 +62,8 @@ int64_t attention_bwd_workspace(const AttentionShape& shape, void* base, Attenti
     workspace->minus_lse = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
     workspace->delta = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
     workspace->dq = reinterpret_cast<float*>(take(slots * kBlockM * HeadDim * sizeof(float)));
+    workspace->dk_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
+    workspace->dv_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
     return at - static_cast<char*>(base);
 }
 
@@ -53,8 +78,8 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
     static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
     static constexpr int kStages = 2;
-    // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns. Then
-    // each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
+    // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns.
+    // Then each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
     static constexpr bool kSplitColumns = HeadDim == 256;
     static constexpr int kScoreColumns = kSplitColumns ? kBlockM / 2 : kBlockM;
     static constexpr int kGradientColumns = kSplitColumns ? HeadDim / 2 : HeadDim;
@@ -73,34 +98,47 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kOutPitch = 2 * kGradientColumns + 16;
     static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
 
-    static constexpr int kK = 0;
-    static constexpr int kV = kK + kKvBytes;
-    static constexpr int kQ = kV + kKvBytes;
-    static constexpr int kDout = kQ + kStages * kQBytes;
-    static constexpr int kDs = kDout + kStages * kQBytes;
-    static constexpr int kWeights = kDs + kDsBytes;
-    static constexpr int kDq = kWeights + (kSplitColumns ? kDsBytes : 0);
-    static constexpr int kOut = kSplitColumns ? kK : kDq + kConsumers * kDqBytes;
-    static constexpr int kLse = kDq + kConsumers * kDqBytes + (kSplitColumns ? 0 : kConsumers * kOutBytes);
-    static constexpr int kDelta = kLse + kStages * kStatisticsBytes;
-    static constexpr int kTiles = kDelta + kStages * kStatisticsBytes;
-    static constexpr int kQFull = kTiles + 2 * sizeof(AttentionTile), kQEmpty = kQFull + 8 * kStages;
-    static constexpr int kDoutFull = kQEmpty + 8 * kStages, kDoutEmpty = kDoutFull + 8 * kStages;
-    static constexpr int kDqFull = kDoutEmpty + 8 * kStages, kDqEmpty = kDqFull + 8 * kConsumers;
-    static constexpr int kTileFull = kDqEmpty + 8 * kConsumers, kTileEmpty = kTileFull + 16;
-    static constexpr int kKvFull = kTileEmpty + 16, kKvEmpty = kKvFull + 8, kDsEmpty = kKvEmpty + 8;
-    static constexpr int kSharedBytes = kDsEmpty + 8;
+    struct Shared {
+        alignas(1024) char k[kKvBytes];
+        char v[kKvBytes];
+        char q[kStages][kQBytes];
+        char dout[kStages][kQBytes];
+        char ds[kDsBytes];
+        char probabilities[kSplitColumns ? kDsBytes : 16];  // else in registers
+        char dq[kConsumers][kDqBytes];
+        char out[kSplitColumns ? 16 : kConsumers * kOutBytes];  // else over k and v
+        float lse[kStages][kBlockM], delta[kStages][kBlockM];
+        AttentionTile tiles[2];
+        uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+        uint64_t dq_full[kConsumers], dq_empty[kConsumers];
+        uint64_t tile_full[2], tile_empty[2];
+        uint64_t kv_full, kv_empty, ds_empty;
+    };
+    static constexpr uint32_t kK = offsetof(Shared, k), kV = offsetof(Shared, v);
+    static constexpr uint32_t kQ = offsetof(Shared, q), kDout = offsetof(Shared, dout);
+    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, probabilities);
+    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : offsetof(Shared, out);
+    static constexpr uint32_t kLse = offsetof(Shared, lse), kDelta = offsetof(Shared, delta);
+    static constexpr uint32_t kTiles = offsetof(Shared, tiles);
+    static constexpr uint32_t kQFull = offsetof(Shared, q_full), kQEmpty = offsetof(Shared, q_empty);
+    static constexpr uint32_t kDoutFull = offsetof(Shared, dout_full), kDoutEmpty = offsetof(Shared, dout_empty);
+    static constexpr uint32_t kDqFull = offsetof(Shared, dq_full), kDqEmpty = offsetof(Shared, dq_empty);
+    static constexpr uint32_t kTileFull = offsetof(Shared, tile_full), kTileEmpty = offsetof(Shared, tile_empty);
+    static constexpr uint32_t kKvFull = offsetof(Shared, kv_full), kKvEmpty = offsetof(Shared, kv_empty);
+    static constexpr uint32_t kDsEmpty = offsetof(Shared, ds_empty);
+    static constexpr int kSharedBytes = sizeof(Shared);
     static_assert(kSharedBytes <= 232448, "");
 };
 
 struct AttentionBwdArguments {
     CUtensorMap q, dout, k, v;
     AttentionShape shape;
-    AttentionTileOrder order;
+    AttentionTileOrder order;  // over blocks of keys, of each part of each key head
+    int group;                 // query heads of a part
     AttentionStrides dk_strides, dv_strides;
     void *dk, *dv;
     AttentionBwdWorkspace workspace;
-    bool deterministic;
+    DqOrder dq_order;
 };
 
 #ifdef __CUDACC__
@@ -114,6 +152,15 @@ __device__ __forceinline__ int64_t first_slot(const AttentionShape& shape, const
     return (int64_t(tile.batch) * shape.heads + head) * workspace.slots_per_head;
 }
 
+// The slot of a block of keys; `part` counts the parts of all key heads.
+template <int BlockN>
+__device__ __forceinline__ int64_t key_slot(const AttentionShape& shape, const AttentionBwdWorkspace& workspace,
+                                            const AttentionTile& tile, int part) {
+    const int64_t parts = shape.cu_seqlens ? part : int64_t(tile.batch) * shape.kv_heads * workspace.splits + part;
+    const int64_t first = shape.cu_seqlens ? (tile.k_row + tile.batch * BlockN) / BlockN : 0;
+    return parts * workspace.key_slots_per_head + first + tile.block;
+}
+
 // Blocks of queries that see any key of this block.
 template <int BlockM, int BlockN>
 __device__ __forceinline__ BlockRange query_blocks(const AttentionShape& shape, const AttentionTile& tile) {
@@ -124,6 +171,15 @@ __device__ __forceinline__ BlockRange query_blocks(const AttentionShape& shape, 
     const int last = min(tile.q_len - 1, last_key + shape.left - offset);
     if (last < first || last_key < tile.key_start) return {0, 0};
     return {first / BlockM, last / BlockM + 1};
+}
+
+// Blocks of keys that see a block of queries: those that add to its dq.
+template <int BlockM, int BlockN>
+__device__ __forceinline__ BlockRange adding_blocks(const AttentionShape& shape, const AttentionTile& tile, int m) {
+    const int first = visible_keys(shape, tile, m * BlockM).first;
+    const int last = visible_keys(shape, tile, min((m + 1) * BlockM, tile.q_len) - 1).last;
+    if (last < 0 || min((last / BlockN + 1) * BlockN, tile.k_len) <= tile.key_start) return {0, 0};
+    return {first / BlockN, last / BlockN + 1};
 }
 
 // Queries that see a key, first ... last, both included; `last` may be before the sequence's first query.

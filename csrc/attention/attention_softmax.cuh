@@ -17,12 +17,18 @@ struct AttentionSoftmax {
     // Turns scores into exponentials; true if what was summed before must be multiplied by `factor`.
     template <int R>
     __device__ __forceinline__ bool update(float (&s)[R]) {
-        float block_max[2] = {max[0], max[1]};
+        // Two chains for each row: one alone would wait for its own last result most of the time.
+        float block_max[2] = {max[0], max[1]}, other_max[2] = {s[0], s[2]};
 #pragma unroll
         for (int i = 0; i < R; i += 4) {
-            block_max[0] = fmaxf(fmaxf(block_max[0], s[i]), s[i + 1]);
-            block_max[1] = fmaxf(fmaxf(block_max[1], s[i + 2]), s[i + 3]);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                block_max[h] = fmaxf(block_max[h], s[i + 2 * h]);
+                other_max[h] = fmaxf(other_max[h], s[i + 2 * h + 1]);
+            }
         }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) block_max[h] = fmaxf(block_max[h], other_max[h]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 1));

@@ -1,7 +1,10 @@
 // What forward and backward share: which tile a CTA works on next, and which keys its rows see.
 #pragma once
+#include <cstddef>
+
 #include "attention/attention.h"
 #include "common/hopper.cuh"
+#include "common/tensor_map.h"
 
 // A block of rows (queries in the forward pass, keys in the backward) of one head of one sequence.
 struct __align__(16) AttentionTile {
@@ -11,20 +14,20 @@ struct __align__(16) AttentionTile {
     int key_start;
 };
 
-// Longest tiles first, in sections of as many heads as have their keys and values in the L2 cache together.
+// Longest tiles first, unless their order is fixed, in sections of as many heads as fit the L2 cache together.
 struct AttentionTileOrder {
     int heads;   // heads whose rows are cut into blocks: query heads forward, key heads backward
     int blocks;  // per head; unused with cu_seqlens
     int section_heads;
-    bool last_block_longest;
+    bool from_last_block;
 };
 
 inline AttentionTileOrder attention_tile_order(const AttentionShape& shape, int heads, int rows, int block_rows,
-                                               int64_t bytes_per_head, bool last_block_longest) {
+                                               int64_t bytes_per_head, bool from_last_block) {
     constexpr int64_t kL2Bytes = 32 << 20;
     int64_t section = kL2Bytes / (bytes_per_head ? bytes_per_head : 1);
     section = section < 1 ? 1 : section > shape.batch * int64_t(heads) ? shape.batch * int64_t(heads) : section;
-    return {heads, (rows + block_rows - 1) / block_rows, int(section), last_block_longest};
+    return {heads, (rows + block_rows - 1) / block_rows, int(section), from_last_block};
 }
 
 // No fewer than there are.
@@ -35,16 +38,17 @@ inline int64_t attention_tile_count(const AttentionShape& shape, const Attention
 }
 
 // (head_dim, rows, heads, batch), in boxes of one swizzled panel.
-inline bool attention_tensor_map(CUtensorMap* map, CUtensorMapDataType type, const void* data,
-                                 const AttentionStrides& strides, const AttentionShape& shape, int heads, int rows,
-                                 int panel, int box_rows) {
+template <class T>
+CUtensorMap attention_tensor_map(const char* tensor, const void* data, const AttentionStrides& strides,
+                                 const AttentionShape& shape, int heads, int rows, int panel, int box_rows) {
     const int batch = shape.cu_seqlens ? 1 : shape.batch;
     // A dimension of one entry may have any stride in torch; the driver wants a multiple of 16 bytes.
     auto bytes = [&](int64_t stride, int entries) { return cuuint64_t(entries > 1 ? 2 * stride : 16); };
-    const cuuint64_t dims[4] = {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
-    const cuuint64_t steps[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
-    const cuuint32_t box[4] = {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1};
-    return encode_tensor_map(map, type, 2, data, 4, dims, steps, box) == CUDA_SUCCESS;
+    return encode_tensor_map<T>(tensor, data,
+                                {4,
+                                 {cuuint64_t(shape.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)},
+                                 {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)},
+                                 {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1}});
 }
 
 #ifdef __CUDACC__
@@ -75,7 +79,7 @@ __device__ __forceinline__ int locate_tile(const AttentionShape& shape, const At
             if (reached) {
                 const int source = __ffs(reached) - 1;
                 const int rank = unit - before - (through - blocks);
-                const int block = order.last_block_longest ? blocks - 1 - rank : rank;
+                const int block = order.from_last_block ? blocks - 1 - rank : rank;
                 if (lane == source) *tile = {document, index % order.heads, block, first, first, length, length, 0};
                 __syncwarp();
                 return __shfl_sync(~0u, block, source);
@@ -98,11 +102,20 @@ __device__ __forceinline__ int locate_tile(const AttentionShape& shape, const At
     const int rank = within / section_heads;
     const int head = first_head + within % section_heads;
     const int batch = head / order.heads;
-    const int block = order.last_block_longest ? order.blocks - 1 - rank : rank;
+    const int block = order.from_last_block ? order.blocks - 1 - rank : rank;
     const int key_start = shape.key_start ? max(shape.key_start[batch], 0) : 0;
     if (lane == 0) *tile = {batch, head % order.heads, block, 0, 0, shape.q_len, shape.k_len, key_start};
     __syncwarp();
     return block;
+}
+
+// Of one thread of each CTA that is out of tiles: the last of them leaves the counter as the next launch expects it.
+// counter: (2,), the tiles that were taken and the CTAs that are done.
+__device__ __forceinline__ void leave_tile_counter(int* counter) {
+    __threadfence();
+    if (atomicAdd(counter + 1, 1) != gridDim.x - 1) return;
+    __threadfence();
+    counter[0] = counter[1] = 0;
 }
 
 // Keys first ... last, both visible; empty when last < first.
@@ -129,21 +142,31 @@ __device__ __forceinline__ BlockRange key_blocks(const AttentionShape& shape, co
     return last < first ? BlockRange{0, 0} : BlockRange{first / BlockN, last / BlockN + 1};
 }
 
-// Sets scores of a thread's row (h = 0 or 1) outside columns low ... high to -inf; its columns are 8 i + {0, 1}.
+// The lowest `count` bits, 0 ... 32 of them for any count.
+__device__ __forceinline__ uint32_t lowest_bits(int count) {
+    return count <= 0 ? 0u : count >= 32 ? ~0u : (1u << count) - 1;
+}
+
+// Sets scores of a thread's row (h = 0 or 1) outside columns low ... high to -inf; its columns are 8 i + {0, 1}. Which
+// to keep is worked out for 32 scores at once, as bits that the compiler moves to predicates, seven at a time.
 template <int R>
 __device__ __forceinline__ void mask_row(float (&s)[R], int h, int low, int high) {
+    // How many of the row's scores stand in columns below this one.
+    auto scores_below = [](int column) { return column <= 0 ? 0 : column / 8 * 2 + min(column % 8, 2); };
+    const int first = scores_below(low), end = scores_below(high + 1);
 #pragma unroll
-    for (int i = 0; i < R; i += 4) {
+    for (int word = 0; word < R / 2; word += 32) {
+        const uint32_t keep = lowest_bits(end - word) & ~lowest_bits(first - word);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int column = 2 * i + e;
-            s[i + 2 * h + e] = column < low || column > high ? -INFINITY : s[i + 2 * h + e];
+        for (int j = 0; j < 32 && word + j < R / 2; ++j) {
+            float& score = s[(word + j) / 2 * 4 + 2 * h + j % 2];
+            score = keep & 1u << j ? score : -INFINITY;
         }
     }
 }
 
-// Clears a tile from row `from` on, `threads` threads together: what lies past a sequence's end belongs to the next, and
-// a weight of 0 does not hide its NaNs.
+// Clears a tile from row `from` on, `threads` threads together: what lies past a sequence's end belongs to the next,
+// and a probability of 0 does not hide its NaNs.
 template <int Panels, int Rows, int RowBytes>
 __device__ __forceinline__ void clear_rows(char* tile, int from, int thread, int threads) {
     for (int p = 0; p < Panels; ++p)

@@ -3,40 +3,9 @@
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <stdint.h>
 
 #include <type_traits>
-
-// Host: tensor maps.
-
-// dims, strides (bytes, of dimensions 1 and up) and box innermost first; the swizzle is as wide as the box's rows.
-inline CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, int element_bytes, const void* data,
-                                  int rank, const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box) {
-    // The driver is asked for its entry point at run time so that nothing links against it.
-    using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-    static const Encode encode = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found) !=
-                cudaSuccess ||
-            found != cudaDriverEntryPointSuccess)
-            function = nullptr;
-        return Encode(function);
-    }();
-    if (!encode) return CUDA_ERROR_NOT_FOUND;
-    const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-    const auto swizzle = box[0] * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-    return encode(map, type, rank, const_cast<void*>(data), dims, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-}
-
-template <class T>
-constexpr CUtensorMapDataType tensor_map_type() {
-    return std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-}
 
 #ifdef __CUDACC__
 
@@ -53,6 +22,11 @@ __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
     asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
     return elected;
+}
+
+// To all lanes what the elected one has, 0 or more; which of them that is, nobody promises.
+__device__ __forceinline__ int from_leader(int value, bool leader) {
+    return __reduce_or_sync(~0u, leader ? value : 0);
 }
 
 template <int Registers>
@@ -123,11 +97,12 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Arrives at the barrier that another CTA of the cluster has at the same place.
+// Arrives at the barrier that another CTA of the cluster has at the same place. Without a scope of its own: what it
+// releases are reads that have finished, and release.cluster would make every arrival wait for a fence of the whole GPU.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
@@ -312,7 +287,11 @@ struct Wgmma;
 #define GK_LIST_32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31"
 #define GK_LIST_40 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39"
 #define GK_LIST_48 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47"
+#define GK_LIST_56 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) "%50,%51,%52,%53,%54,%55"
 #define GK_LIST_64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) "%60,%61,%62,%63"
+#define GK_LIST_96                                                                                                   \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) GK_TEN(6) GK_TEN(7) GK_TEN(8) \
+    "%90,%91,%92,%93,%94,%95"
 #define GK_LIST_128                                                                                                  \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," GK_TEN(1) GK_TEN(2) GK_TEN(3) GK_TEN(4) GK_TEN(5) GK_TEN(6) GK_TEN(7) GK_TEN(8) \
         GK_TEN(9) GK_TEN(10) GK_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
@@ -321,7 +300,9 @@ struct Wgmma;
 #define GK_ACCUMULATOR_32 GK_F32(0)
 #define GK_ACCUMULATOR_40 GK_F32(0), GK_F4(32), GK_F4(36)
 #define GK_ACCUMULATOR_48 GK_F32(0), GK_F16(32)
+#define GK_ACCUMULATOR_56 GK_F32(0), GK_F16(32), GK_F4(48), GK_F4(52)
 #define GK_ACCUMULATOR_64 GK_F64(0)
+#define GK_ACCUMULATOR_96 GK_F64(0), GK_F32(64)
 #define GK_ACCUMULATOR_128 GK_F64(0), GK_F64(64)
 
 // d (64 x N, R registers) = a * b + (accumulate ? d : 0), a from shared memory or from registers. o0 ... o6 name the
@@ -356,7 +337,9 @@ GK_WGMMA(32, 16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 GK_WGMMA(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 GK_WGMMA(80, 40, "%40", "%41", "%42", "%43", "%44", "%45", "%46")
 GK_WGMMA(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
+GK_WGMMA(112, 56, "%56", "%57", "%58", "%59", "%60", "%61", "%62")
 GK_WGMMA(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+GK_WGMMA(192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 GK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 #undef GK_TEN
@@ -368,8 +351,12 @@ GK_WGMMA(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 #undef GK_ACCUMULATOR_40
 #undef GK_LIST_48
 #undef GK_ACCUMULATOR_48
+#undef GK_LIST_56
+#undef GK_ACCUMULATOR_56
 #undef GK_LIST_64
 #undef GK_ACCUMULATOR_64
+#undef GK_LIST_96
+#undef GK_ACCUMULATOR_96
 #undef GK_LIST_128
 #undef GK_ACCUMULATOR_128
 #undef GK_F4

@@ -1,23 +1,85 @@
-// Small helpers of the launchers.
+// What launchers do around a launch: bind a context, allow shared memory, and say which step failed.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "common/dtype.h"
 
-// Calls launch with a value of the C++ type that a DType stands for.
-template <typename Launch>
-cudaError_t with_type(DType dtype, Launch launch) {
+// A step of a launch that failed; Python sees a RuntimeError.
+struct LaunchError : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+inline void check(cudaError_t status, const std::string& step) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // said here, so that whoever asks next does not take it for their own
+    throw LaunchError(step + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+}
+
+// Binds the current device's context to this thread, where nothing may have done so yet. Returns the device.
+inline int bind_device() {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+    return device;
+}
+
+// More than 48 KB of dynamic shared memory has to be asked for, once per kernel and device.
+template <auto* kKernel>
+void allow_shared_memory(const char* name, int bytes) {
+    constexpr int kDevices = 64;  // those beyond ask every time
+    static std::atomic<int> allowed[kDevices];
+    if (bytes <= 48 * 1024) return;
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    if (device < kDevices && bytes <= allowed[device]) return;
+    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          std::string(name) + " with " + std::to_string(bytes) + " bytes of shared memory");
+    if (device < kDevices) allowed[device] = bytes;
+}
+
+struct LaunchShape {
+    dim3 grid, block;
+    int shared_bytes;
+    cudaStream_t stream;
+};
+
+// The launch's own status, not cudaGetLastError: that may be an error which another library left.
+template <auto* kKernel, class... Arguments>
+void launch(const char* name, const LaunchShape& shape, const Arguments&... arguments) {
+    allow_shared_memory<kKernel>(name, shape.shared_bytes);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = shape.stream;
+    check(cudaLaunchKernelEx(&config, kKernel, arguments...), std::string("launch of ") + name);
+}
+
+// Calls work with a value of the C++ type that a DType stands for.
+template <typename Work>
+auto with_type(DType dtype, Work work) {
     switch (dtype) {
-        case DType::kFloat32: return launch(float{});
-        case DType::kFloat16: return launch(__half{});
-        case DType::kBFloat16: return launch(__nv_bfloat16{});
+        case DType::kFloat32: return work(float{});
+        case DType::kFloat16: return work(__half{});
+        case DType::kBFloat16: return work(__nv_bfloat16{});
     }
-    return cudaErrorInvalidValue;
+    throw LaunchError("dtype must be one of csrc/common/dtype.h's, not " + std::to_string(int(dtype)));
+}
+
+// Of the types that tensor cores multiply.
+template <typename Work>
+auto with_half_type(DType dtype, Work work) {
+    if (dtype == DType::kFloat16) return work(__half{});
+    if (dtype == DType::kBFloat16) return work(__nv_bfloat16{});
+    throw LaunchError("dtype must be float16 or bfloat16, not " + std::to_string(int(dtype)));
 }
 
 // Whether rows `stride` elements apart, starting at `base`, can be read in 16-byte words. Null pointers can.
@@ -26,10 +88,3 @@ inline bool rows_aligned(const void* base, int64_t stride, int element_bytes) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// More than 48 KB of dynamic shared memory has to be asked for, per kernel and device.
-template <typename Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
-    if (bytes <= 48 * 1024) return cudaSuccess;
-    return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}

@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(con
 }
 
 template <typename T>
-cudaError_t launch_cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
+void launch_cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
     const bool aligned = rows_aligned(p.logits, p.stride, sizeof(T));
-    cross_entropy_kernel<T><<<static_cast<unsigned>(p.rows), kCrossEntropyThreads, 0, stream>>>(p, aligned);
-    return cudaGetLastError();
+    const LaunchShape shape = {static_cast<unsigned>(p.rows), kCrossEntropyThreads, 0, stream};
+    launch<cross_entropy_kernel<T>>("cross_entropy_kernel", shape, p, aligned);
 }

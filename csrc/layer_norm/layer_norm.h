@@ -48,8 +48,8 @@ struct LayerNormBwdParams {
     bool h_is_float, weight_is_float;
 };
 
-cudaError_t layer_norm_fwd(const LayerNormFwdParams& params, cudaStream_t stream);
-cudaError_t layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream);
+void layer_norm_fwd(const LayerNormFwdParams& params, cudaStream_t stream);
+void layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream);
 
 // The CTAs that layer_norm_bwd launches: the P of its partials.
 int layer_norm_bwd_partial_rows(int64_t rows, int columns, int sm_count);

@@ -1,10 +1,10 @@
 #include "layer_norm/layer_norm_bwd_kernel.cuh"
 
-cudaError_t layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream) {
-    return with_type(params.x_dtype, [&](auto type) {
+void layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream) {
+    with_type(params.x_dtype, [&](auto type) {
         using T = decltype(type);
-        return params.h_is_float ? launch_layer_norm_bwd<T, float>(params, stream)
-                                        : launch_layer_norm_bwd<T, T>(params, stream);
+        params.h_is_float ? launch_layer_norm_bwd<T, float>(params, stream)
+                          : launch_layer_norm_bwd<T, T>(params, stream);
     });
 }
 

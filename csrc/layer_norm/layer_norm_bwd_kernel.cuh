@@ -164,34 +164,28 @@ inline int layer_norm_bwd_ctas(int64_t rows, const RowShape& shape, int sm_count
 }
 
 template <typename T, typename H, int kVectors>
-cudaError_t launch_layer_norm_bwd_rows(const LayerNormBwdParams& p, const RowShape& shape, bool aligned,
-                                       cudaStream_t stream) {
+void launch_layer_norm_bwd_rows(const LayerNormBwdParams& p, const RowShape& shape, bool aligned, cudaStream_t stream) {
     const dim3 block(shape.threads_per_row, shape.rows_per_cta);
     const int elements = shape.rows_per_cta * shape.threads_per_row * kVectors * kElements;
     const int shared = kVectors > 1 && p.partials ? 2 * elements * static_cast<int>(sizeof(float)) : 0;
-    const cudaError_t status = allow_shared_memory(layer_norm_bwd_kernel<T, H, kVectors>, shared);
-    if (status != cudaSuccess) return status;
-    const int ctas = p.partial_rows / shape.rows_per_cta;
-    layer_norm_bwd_kernel<T, H, kVectors><<<ctas, block, shared, stream>>>(p, aligned);
-    return cudaGetLastError();
+    const unsigned ctas = p.partial_rows / shape.rows_per_cta;
+    launch<layer_norm_bwd_kernel<T, H, kVectors>>("layer_norm_bwd_kernel", {ctas, block, shared, stream}, p, aligned);
 }
 
 template <typename T, typename H>
-cudaError_t launch_layer_norm_bwd(const LayerNormBwdParams& p, cudaStream_t stream) {
+void launch_layer_norm_bwd(const LayerNormBwdParams& p, cudaStream_t stream) {
     const RowShape shape = row_shape(p.columns);
     const bool aligned = p.columns % kElements == 0 && rows_aligned(p.dy, p.dy_stride, sizeof(T)) &&
                          rows_aligned(p.dh, p.dh_stride, sizeof(H)) && rows_aligned(p.h, p.h_stride, sizeof(H)) &&
                          rows_aligned(p.weight, 0, 4) && rows_aligned(p.grad_h, p.columns, sizeof(H)) &&
                          rows_aligned(p.grad_x, p.columns, sizeof(T)) && rows_aligned(p.partials, p.columns, 4);
-    cudaError_t status;
     switch (shape.vectors) {
-        case 1: status = launch_layer_norm_bwd_rows<T, H, 1>(p, shape, aligned, stream); break;
-        case 2: status = launch_layer_norm_bwd_rows<T, H, 2>(p, shape, aligned, stream); break;
-        case 4: status = launch_layer_norm_bwd_rows<T, H, 4>(p, shape, aligned, stream); break;
-        default: status = launch_layer_norm_bwd_rows<T, H, 0>(p, shape, aligned, stream); break;
+        case 1: launch_layer_norm_bwd_rows<T, H, 1>(p, shape, aligned, stream); break;
+        case 2: launch_layer_norm_bwd_rows<T, H, 2>(p, shape, aligned, stream); break;
+        case 4: launch_layer_norm_bwd_rows<T, H, 4>(p, shape, aligned, stream); break;
+        default: launch_layer_norm_bwd_rows<T, H, 0>(p, shape, aligned, stream); break;
     }
-    if (status != cudaSuccess || !p.partials) return status;
+    if (!p.partials) return;
     const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, 32)), 2);
-    layer_norm_bwd_reduce_kernel<T><<<grid, dim3(32, kReduceRows), 0, stream>>>(p);
-    return cudaGetLastError();
+    launch<layer_norm_bwd_reduce_kernel<T>>("layer_norm_bwd_reduce_kernel", {grid, dim3(32, kReduceRows), 0, stream}, p);
 }

@@ -87,19 +87,19 @@ __global__ void __launch_bounds__(max_threads(kVectors), 1) layer_norm_fwd_kerne
 }
 
 template <typename T, typename H>
-cudaError_t launch_layer_norm_fwd(const LayerNormFwdParams& p, cudaStream_t stream) {
+void launch_layer_norm_fwd(const LayerNormFwdParams& p, cudaStream_t stream) {
     const RowShape shape = row_shape(p.columns);
     const bool aligned = p.columns % kElements == 0 && rows_aligned(p.x, p.x_stride, sizeof(T)) &&
                          rows_aligned(p.residual, p.residual_stride, sizeof(H)) && rows_aligned(p.weight, 0, 4) &&
                          rows_aligned(p.bias, 0, 4) && rows_aligned(p.y, p.columns, sizeof(T)) &&
                          rows_aligned(p.h, p.columns, sizeof(H));
-    const dim3 block(shape.threads_per_row, shape.rows_per_cta);
-    const unsigned grid = static_cast<unsigned>(ceil_div(p.rows, shape.rows_per_cta));
+    const LaunchShape launch_shape = {static_cast<unsigned>(ceil_div(p.rows, shape.rows_per_cta)),
+                                      dim3(shape.threads_per_row, shape.rows_per_cta), 0, stream};
+    constexpr const char* kName = "layer_norm_fwd_kernel";
     switch (shape.vectors) {
-        case 1: layer_norm_fwd_kernel<T, H, 1><<<grid, block, 0, stream>>>(p, aligned); break;
-        case 2: layer_norm_fwd_kernel<T, H, 2><<<grid, block, 0, stream>>>(p, aligned); break;
-        case 4: layer_norm_fwd_kernel<T, H, 4><<<grid, block, 0, stream>>>(p, aligned); break;
-        default: layer_norm_fwd_kernel<T, H, 0><<<grid, block, 0, stream>>>(p, aligned); break;
+        case 1: launch<layer_norm_fwd_kernel<T, H, 1>>(kName, launch_shape, p, aligned); break;
+        case 2: launch<layer_norm_fwd_kernel<T, H, 2>>(kName, launch_shape, p, aligned); break;
+        case 4: launch<layer_norm_fwd_kernel<T, H, 4>>(kName, launch_shape, p, aligned); break;
+        default: launch<layer_norm_fwd_kernel<T, H, 0>>(kName, launch_shape, p, aligned); break;
     }
-    return cudaGetLastError();
 }

@@ -39,5 +39,5 @@ struct MlpBwdParams {
     int sm_count;
 };
 
-cudaError_t mlp_fwd(const MlpFwdParams& params, cudaStream_t stream);
-cudaError_t mlp_bwd(const MlpBwdParams& params, cudaStream_t stream);
+void mlp_fwd(const MlpFwdParams& params, cudaStream_t stream);
+void mlp_bwd(const MlpBwdParams& params, cudaStream_t stream);

@@ -1,6 +1,5 @@
 #include "mlp/mlp_kernel.cuh"
 
-cudaError_t mlp_bwd(const MlpBwdParams& params, cudaStream_t stream) {
-    return params.dtype == DType::kFloat16 ? mlp_bwd_launch<__half>(params, stream)
-                                           : mlp_bwd_launch<__nv_bfloat16>(params, stream);
+void mlp_bwd(const MlpBwdParams& params, cudaStream_t stream) {
+    with_half_type(params.dtype, [&](auto type) { mlp_bwd_launch<decltype(type)>(params, stream); });
 }

@@ -2,7 +2,7 @@
 // with tiles of 128 x 128, so that one multiplies while the other activates. Clusters of two CTAs, one below the other,
 // share the weight's tiles, which halves what those cost in L2 traffic.
 #pragma once
-#include "common/launch.h"
+#include "common/tensor_map.h"
 #include "mlp/mlp_activation.cuh"
 
 template <bool Backward>
@@ -320,57 +320,55 @@ __global__ void __cluster_dims__(MlpTraits<Backward>::kCluster, 1, 1)
 
 // (rows, columns), rows `stride` apart; null gives a map that is never used.
 template <class T>
-bool mlp_tensor_map(CUtensorMap* map, const void* data, int rows, int columns, int64_t stride, int box_rows) {
-    if (!data) return true;
-    const cuuint64_t dims[2] = {cuuint64_t(columns), cuuint64_t(rows)};
+CUtensorMap mlp_tensor_map(const char* tensor, const void* data, int rows, int columns, int64_t stride, int box_rows) {
+    if (!data) return {};
     // A single row may have any stride in torch; the driver wants a multiple of 16 bytes.
-    const cuuint64_t steps[1] = {cuuint64_t(rows > 1 ? 2 * stride : 16)};
-    const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
-    return encode_tensor_map(map, tensor_map_type<T>(), 2, data, 2, dims, steps, box) == CUDA_SUCCESS;
+    const cuuint64_t step = rows > 1 ? 2 * stride : 16;
+    return encode_tensor_map<T>(tensor, data,
+                                {2, {cuuint64_t(columns), cuuint64_t(rows)}, {step}, {64, cuuint32_t(box_rows)}});
 }
 
 template <class T, bool Backward>
-cudaError_t mlp_launch(MlpArguments& args, int sm_count, cudaStream_t stream) {
+void mlp_launch(MlpArguments& args, int sm_count, cudaStream_t stream) {
     using C = MlpTraits<Backward>;
     args.tiles_m = int(ceil_div(args.M, C::kCluster * C::kBlock));
     args.tiles_n = int(ceil_div(args.N, C::kBlock));
     const int64_t tiles = int64_t(args.tiles_m) * args.tiles_n, clusters = sm_count / C::kCluster;
-    const auto kernel = mlp_kernel<T, Backward>;
-    if (cudaError_t error = allow_shared_memory(kernel, C::kSharedBytes)) return error;
-    kernel<<<C::kCluster * int(tiles < clusters ? tiles : clusters), C::kThreads, C::kSharedBytes, stream>>>(args);
-    return cudaGetLastError();
+    const unsigned ctas = C::kCluster * unsigned(tiles < clusters ? tiles : clusters);
+    launch<mlp_kernel<T, Backward>>("mlp_kernel", {ctas, C::kThreads, C::kSharedBytes, stream}, args);
 }
 
 template <class T>
-cudaError_t mlp_fwd_launch(const MlpFwdParams& p, cudaStream_t stream) {
+void mlp_fwd_launch(const MlpFwdParams& p, cudaStream_t stream) {
     using C = MlpTraits<false>;
+    if (p.residual && p.preact) throw LaunchError("residual and preact cannot go together");
+    bind_device();
     MlpArguments args = {};
-    if ((p.residual && p.preact) || !mlp_tensor_map<T>(&args.a, p.a, p.M, p.K, p.a_stride, C::kBlock) ||
-        !mlp_tensor_map<T>(&args.b, p.weight, p.N, p.K, p.K, C::kBlock / 2) ||
-        !mlp_tensor_map<T>(&args.aux, p.residual, p.M, p.N, p.residual_stride, C::kBoxRows) ||
-        !mlp_tensor_map<T>(&args.beside, p.preact, p.M, p.N, p.N, C::kBoxRows) ||
-        !mlp_tensor_map<T>(&args.out, p.out, p.M, p.N, p.N, C::kBoxRows))
-        return cudaErrorInvalidValue;
+    args.a = mlp_tensor_map<T>("a", p.a, p.M, p.K, p.a_stride, C::kBlock);
+    args.b = mlp_tensor_map<T>("weight", p.weight, p.N, p.K, p.K, C::kBlock / 2);
+    args.aux = mlp_tensor_map<T>("residual", p.residual, p.M, p.N, p.residual_stride, C::kBoxRows);
+    args.beside = mlp_tensor_map<T>("preact", p.preact, p.M, p.N, p.N, C::kBoxRows);
+    args.out = mlp_tensor_map<T>("out", p.out, p.M, p.N, p.N, C::kBoxRows);
     args.bias = p.bias;
     args.has_aux = p.residual, args.has_beside = p.preact;
     args.M = p.M, args.N = p.N, args.K = p.K;
     args.activation = p.activation;
-    return mlp_launch<T, false>(args, p.sm_count, stream);
+    mlp_launch<T, false>(args, p.sm_count, stream);
 }
 
 template <class T>
-cudaError_t mlp_bwd_launch(const MlpBwdParams& p, cudaStream_t stream) {
+void mlp_bwd_launch(const MlpBwdParams& p, cudaStream_t stream) {
     using C = MlpTraits<true>;
+    bind_device();
     MlpArguments args = {};
-    if (!mlp_tensor_map<T>(&args.a, p.dout, p.M, p.K, p.dout_stride, C::kBlock) ||
-        !mlp_tensor_map<T>(&args.b, p.weight, p.K, p.N, p.N, C::kBlockK) ||
-        !mlp_tensor_map<T>(&args.aux, p.preact, p.M, p.N, p.N, C::kBoxRows) ||
-        !mlp_tensor_map<T>(&args.beside, p.act, p.M, p.N, p.N, C::kBoxRows) ||
-        !mlp_tensor_map<T>(&args.out, p.grad, p.M, p.N, p.N, C::kBoxRows))
-        return cudaErrorInvalidValue;
+    args.a = mlp_tensor_map<T>("dout", p.dout, p.M, p.K, p.dout_stride, C::kBlock);
+    args.b = mlp_tensor_map<T>("weight", p.weight, p.K, p.N, p.N, C::kBlockK);
+    args.aux = mlp_tensor_map<T>("preact", p.preact, p.M, p.N, p.N, C::kBoxRows);
+    args.beside = mlp_tensor_map<T>("act", p.act, p.M, p.N, p.N, C::kBoxRows);
+    args.out = mlp_tensor_map<T>("grad", p.grad, p.M, p.N, p.N, C::kBoxRows);
     args.partials = p.partials;
     args.has_aux = true, args.has_beside = p.act;
     args.M = p.M, args.N = p.N, args.K = p.K;
     args.activation = p.activation;
-    return mlp_launch<T, true>(args, p.sm_count, stream);
+    mlp_launch<T, true>(args, p.sm_count, stream);
 }

@@ -38,18 +38,45 @@ def unsupported(
     return cuda_library.unsupported(q.device, only_arch=90)
 
 
+def dq_order(window: int | None, deterministic: bool) -> int:
+    """csrc/attention/attention.h's DqOrder"""
+    return 2 if window is not None else int(deterministic)
+
+
+def describe(q, k, v, key_start, cu_seqlens, causal, window, scale, dropout) -> str:
+    if dq_order(window, torch.are_deterministic_algorithms_enabled()):
+        return "the gradients have the same bits on every run"
+    return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
+
+
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
     return tuple(x.stride()[:3]) if x.ndim == 4 else (0, x.stride(1), x.stride(0))
 
 
-def shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale) -> tuple:
+def shape_fields(q, k, key_start, cu_seqlens, causal, window, scale) -> dict:
     """csrc/attention/attention.h's AttentionShape"""
     packed = cu_seqlens is not None
     batch, q_len, k_len = (cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]) if packed else (*q.shape[::2], k.shape[2])
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
-    right = 0 if causal else left
-    return batch, q.shape[1], k.shape[1], q_len, k_len, q.shape[-1], left, right, scale, key_start, cu_seqlens
+    return {
+        "batch": batch,
+        "heads": q.shape[1],
+        "kv_heads": k.shape[1],
+        "q_len": q_len,
+        "k_len": k_len,
+        "head_dim": q.shape[-1],
+        "left": left,
+        "right": 0 if causal else left,
+        "scale": scale,
+        "key_start": key_start,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def tensor_fields(**tensors: Tensor) -> dict:
+    """Tensors with head and token dimensions, and their strides"""
+    return tensors | {f"{name}_strides": strides(x) for name, x in tensors.items()}
 
 
 @torch_op(fake=fwd_outputs)
@@ -71,19 +98,13 @@ def attention_fwd(
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     q, k, v = map(cuda_library.addressable, (q, k, v))
-    cuda_library.launch(
-        "attention_fwd",
-        q,
-        k,
-        v,
-        out,
-        lse,
-        torch.empty((1,), dtype=torch.int32, device=q.device),
-        *map(strides, (q, k, v, out)),
-        cuda_library.DTYPE[q.dtype],
-        hardware.sm_count(q.device),
-        *shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale),
-    )
+    fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
+    fields |= tensor_fields(q=q, k=k, v=v, out=out)
+    fields["lse"] = lse
+    fields["dtype"] = cuda_library.DTYPE[q.dtype]
+    fields["sm_count"] = hardware.sm_count(q.device)
+    fields["tile_counter"] = cuda_library.zeroed_counters(q.device)
+    cuda_library.launch("attention_fwd", q.device, fields)
     return out, lse
 
 
@@ -105,7 +126,7 @@ def attention_bwd(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
-    -> dq, dk, dv: as q, k, v. dk and dv are the same on every run, dq with `deterministic`."""
+    -> dq, dk, dv: as q, k, v. dk and dv have the same bits on every run, dq with a window or `deterministic`."""
     grads = bwd_outputs(
         dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
     )
@@ -114,18 +135,14 @@ def attention_bwd(
             grad.zero_()
         return grads
     dout, q, k, v = map(cuda_library.addressable, (dout, q, k, v))
-    shape = shape_arguments(q, k, key_start, cu_seqlens, causal, window, scale)
-    addresses = (0 if x is None else x.data_ptr() for x in (key_start, cu_seqlens))
-    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(*shape[:-2], *addresses)
-    tensors = (dout, q, k, v, out, lse, *grads)
-    cuda_library.launch(
-        "attention_bwd",
-        *tensors,
-        torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device),
-        *(strides(x) for x in tensors if x is not lse),
-        cuda_library.DTYPE[q.dtype],
-        hardware.sm_count(q.device),
-        deterministic,
-        *shape,
-    )
+    fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
+    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(fields, hardware.sm_count(q.device))
+    dq, dk, dv = grads
+    fields |= tensor_fields(dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
+    fields["lse"] = lse
+    fields["workspace"] = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device)
+    fields["dtype"] = cuda_library.DTYPE[q.dtype]
+    fields["sm_count"] = hardware.sm_count(q.device)
+    fields["dq_order"] = dq_order(window, deterministic)
+    cuda_library.launch("attention_bwd", q.device, fields)
     return grads

@@ -46,6 +46,8 @@ def attention(
         checked on CPU tensors only, because reading them would stop a GPU: there bounds that do not rise from 0 to T
         give rows of anything, and read and write nothing outside of the tensors.
     A query that sees no key gives zeros, and zero gradients. Under autocast q, k and v are cast to its dtype.
+    Gradients have the same bits on every run with the Triton and CUDA backends, but for the CUDA backend's dq without a
+    window, for which that takes torch.use_deterministic_algorithms(True).
     """
     q, k, v = autocast(q, k, v)
     check_heads(q, k, v, packed=cu_seqlens is not None)

@@ -32,28 +32,28 @@ def layer_norm_fwd(
     rows, columns = x.shape
     if rows == 0:
         return outputs
-    cuda_library.launch(
-        "layer_norm_fwd",
-        x,
-        residual,
-        weight,
-        bias,
-        seed,
-        y,
-        None if residual is None else h,
-        mean,
-        rstd,
-        rows,
-        columns,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        eps,
-        1 / (1 - dropout),
-        threshold(dropout),
-        cuda_library.DTYPE[x.dtype],
-        residual is not None and residual.dtype == torch.float32,
-        weight.dtype == torch.float32,
-    )
+    fields = {
+        "x": x,
+        "residual": residual,
+        "weight": weight,
+        "bias": bias,
+        "seed": seed,
+        "y": y,
+        "h": None if residual is None else h,
+        "mean": mean,
+        "rstd": rstd,
+        "rows": rows,
+        "columns": columns,
+        "x_stride": x.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "eps": eps,
+        "keep_scale": 1 / (1 - dropout),
+        "drop_below": threshold(dropout),
+        "x_dtype": cuda_library.DTYPE[x.dtype],
+        "residual_is_float": residual is not None and residual.dtype == torch.float32,
+        "weight_is_float": weight.dtype == torch.float32,
+    }
+    cuda_library.launch("layer_norm_fwd", x.device, fields)
     return outputs
 
 
@@ -82,30 +82,30 @@ def layer_norm_bwd(
     partials = None
     if weight_grad or bias_grad:
         partials = torch.empty((2, partial_rows, columns), dtype=torch.float32, device=h.device)
-    cuda_library.launch(
-        "layer_norm_bwd",
-        dy,
-        dh,
-        h,
-        weight,
-        mean,
-        rstd,
-        seed,
-        grad_h,
-        grad_x if grad_x.ndim == 2 else None,
-        partials,
-        grad_weight if weight_grad else None,
-        grad_bias if bias_grad else None,
-        rows,
-        columns,
-        partial_rows,
-        dy.stride(0),
-        0 if dh is None else dh.stride(0),
-        h.stride(0),
-        1 / (1 - dropout),
-        threshold(dropout),
-        cuda_library.DTYPE[dy.dtype],
-        h.dtype == torch.float32,
-        weight.dtype == torch.float32,
-    )
+    fields = {
+        "dy": dy,
+        "dh": dh,
+        "h": h,
+        "weight": weight,
+        "mean": mean,
+        "rstd": rstd,
+        "seed": seed,
+        "grad_h": grad_h,
+        "grad_x": grad_x if grad_x.ndim == 2 else None,
+        "partials": partials,
+        "grad_weight": grad_weight if weight_grad else None,
+        "grad_bias": grad_bias if bias_grad else None,
+        "rows": rows,
+        "columns": columns,
+        "partial_rows": partial_rows,
+        "dy_stride": dy.stride(0),
+        "dh_stride": 0 if dh is None else dh.stride(0),
+        "h_stride": h.stride(0),
+        "keep_scale": 1 / (1 - dropout),
+        "drop_below": threshold(dropout),
+        "x_dtype": cuda_library.DTYPE[dy.dtype],
+        "h_is_float": h.dtype == torch.float32,
+        "weight_is_float": weight.dtype == torch.float32,
+    }
+    cuda_library.launch("layer_norm_bwd", h.device, fields)
     return outputs

@@ -12,21 +12,22 @@ def unsupported(x: Tensor, weight: Tensor) -> str | None:
 
 def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:
     """See chunks.ChunkLoss."""
-    cuda_library.launch(
-        "cross_entropy",
-        logits,
-        targets,
-        losses,
-        lse,
-        scale,
-        logits.shape[0],
-        logits.stride(0),
-        0 if scale.ndim == 0 else scale.stride(0),
-        ignore_index,
-        logits.shape[1],
-        cuda_library.DTYPE[logits.dtype],
-        with_grad,
-    )
+    rows, vocabulary = logits.shape
+    fields = {
+        "logits": logits,
+        "targets": targets,
+        "losses": losses,
+        "lse": lse,
+        "scale": scale,
+        "rows": rows,
+        "stride": logits.stride(0),
+        "scale_stride": 0 if scale.ndim == 0 else scale.stride(0),
+        "ignore_index": ignore_index,
+        "vocabulary": vocabulary,
+        "dtype": cuda_library.DTYPE[logits.dtype],
+        "with_grad": with_grad,
+    }
+    cuda_library.launch("cross_entropy", logits.device, fields)
 
 
 linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.launchers(chunk_loss, __name__)

@@ -49,22 +49,23 @@ def fused_linear(
 ) -> None:
     """out: (M, N) = activation(x @ weight.T + bias) + residual, or preact: (M, N) = x @ weight.T + bias beside it.
     x: (M, K), weight: (N, K), bias: (N,), residual: (M, N)"""
-    cuda_library.launch(
-        "mlp_fwd",
-        x,
-        weight,
-        bias,
-        residual,
-        preact,
-        out,
-        *out.shape,
-        x.shape[1],
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        ACTIVATIONS[activation],
-        cuda_library.DTYPE[x.dtype],
-        hardware.sm_count(x.device),
-    )
+    fields = {
+        "a": x,
+        "weight": weight,
+        "bias": bias,
+        "residual": residual,
+        "preact": preact,
+        "out": out,
+        "M": out.shape[0],
+        "N": out.shape[1],
+        "K": x.shape[1],
+        "a_stride": x.stride(0),
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "activation": ACTIVATIONS[activation],
+        "dtype": cuda_library.DTYPE[x.dtype],
+        "sm_count": hardware.sm_count(x.device),
+    }
+    cuda_library.launch("mlp_fwd", x.device, fields)
 
 
 def fused_grad_preact(
@@ -75,21 +76,22 @@ def fused_grad_preact(
     grad = torch.empty(preact.shape, dtype=dout.dtype, device=dout.device)
     parts = ((preact.shape[0] + BLOCK_M - 1) // BLOCK_M, preact.shape[1])
     partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None
-    cuda_library.launch(
-        "mlp_bwd",
-        dout,
-        proj_weight,
-        preact,
-        act,
-        grad,
-        partials,
-        *preact.shape,
-        dout.shape[1],
-        dout.stride(0),
-        ACTIVATIONS[activation],
-        cuda_library.DTYPE[dout.dtype],
-        hardware.sm_count(dout.device),
-    )
+    fields = {
+        "dout": dout,
+        "weight": proj_weight,
+        "preact": preact,
+        "act": act,
+        "grad": grad,
+        "partials": partials,
+        "M": preact.shape[0],
+        "N": preact.shape[1],
+        "K": dout.shape[1],
+        "dout_stride": dout.stride(0),
+        "activation": ACTIVATIONS[activation],
+        "dtype": cuda_library.DTYPE[dout.dtype],
+        "sm_count": hardware.sm_count(dout.device),
+    }
+    cuda_library.launch("mlp_bwd", dout.device, fields)
     return grad, partials
 
 

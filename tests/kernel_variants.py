@@ -1,0 +1,112 @@
+"""Builds variants of the CUDA kernels of one op, with edits made to their sources, for bfloat16 and the simulator."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pybind11
+
+from gptkernels import cuda_build, cuda_library
+
+# The op's functions, for bfloat16 alone.
+ENTRY_POINTS = {
+    "attention": """
+#include "attention/attention_bwd_passes.cuh"
+#include "attention/attention_fwd_kernel.cuh"
+template <int HeadDim> using Size = std::integral_constant<int, HeadDim>;
+
+template <class Work>
+static auto with_size(int head_dim, Work work) {
+    if (head_dim <= 64) return work(Size<64>());
+    if (head_dim <= 128) return work(Size<128>());
+    return work(Size<256>());
+}
+void attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
+    with_size(p.shape.head_dim, [&](auto size) { attention_fwd_launch<__nv_bfloat16, size.value>(p, stream); });
+}
+void attention_bwd(const AttentionBwdParams& p, cudaStream_t stream) {
+    with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value>(p, stream); });
+}
+int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
+    AttentionBwdWorkspace unused;
+    return with_size(shape.head_dim,
+                     [&](auto size) { return attention_bwd_workspace<size.value>(shape, sm_count, nullptr, &unused); });
+}
+""",
+    "mlp": """
+#include "mlp/mlp_kernel.cuh"
+void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { mlp_fwd_launch<__nv_bfloat16>(p, stream); }
+void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { mlp_bwd_launch<__nv_bfloat16>(p, stream); }
+""",
+}
+OPS = ("attention", "cross_entropy", "layer_norm", "mlp")
+
+
+def source(op: str, file: str) -> str:
+    return (cuda_build.source_directory() / op / file).read_text()
+
+
+def placeholders(op: str) -> str:
+    """Functions of the other ops, which the bindings name too."""
+    text = "#include <cstdlib>\n"
+    for other in OPS:
+        if other == op:
+            continue
+        header = source(other, f"{other}.h")
+        text += f'#include "{other}/{other}.h"\n'
+        text += "".join(
+            f"{declared} {{ std::abort(); }}\n" for declared in re.findall(r"^(\w+ \w+\([^;]*\));", header, re.M)
+        )
+    return text
+
+
+class Builder:
+    def __init__(self, folder: Path, op: str):
+        self.folder, self.op, self.nvcc = folder, op, cuda_build.find_nvcc()
+        csrc = cuda_build.source_directory()
+        shutil.copytree(csrc, folder / "csrc", dirs_exist_ok=True)
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+        defines = ["-DGPTKERNELS_SOURCE_HASH=edited", "-DGPTKERNELS_ARCHS=90a"]
+        rest = folder / "rest.cpp"
+        rest.write_text(placeholders(op))
+        self.objects = [
+            self.compile(source, *includes, *defines)
+            for source in (csrc / "bindings.cpp", csrc / "build_info.cpp", rest)
+        ]
+
+    def compile(self, source: Path, *flags: str) -> str:
+        output = str(self.folder / f"{source.name}.o")
+        command = [self.nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "shared"]
+        command += [f"-I{self.folder / 'csrc'}", *flags, "-c", str(source), "-o", output]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+        return output
+
+    def build(self, name: str, edits: dict[str, str]) -> Path:
+        """edits: texts of files of the op that replace the real ones. -> the library"""
+        originals = cuda_build.source_directory() / self.op
+        for original in originals.glob("*.cuh"):
+            (self.folder / "csrc" / self.op / original.name).write_text(edits.get(original.name, original.read_text()))
+        source = self.folder / f"{name}.cu"
+        source.write_text(ENTRY_POINTS[self.op])
+        kernels = self.compile(source, "-gencode", "arch=compute_90a,code=compute_90a")
+        library = self.folder / f"{name}.so"
+        subprocess.run(
+            [self.nvcc, "-shared", "-cudart", "shared", *self.objects, kernels, "-o", str(library)], check=True
+        )
+        return library
+
+
+@contextmanager
+def using(library: Path):
+    """Launches go to this library; to be entered before the simulator."""
+    import ptxemu.cuda
+
+    ptxemu.cuda.load_runtime()  # before the library's own runtime can be
+    with mock.patch.object(cuda_library, "_find", return_value=cuda_library.load_file(library)):
+        yield
