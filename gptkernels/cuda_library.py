@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -28,9 +29,9 @@ class MissingLibraryError(RuntimeError):
 def load_file(path: Path) -> ModuleType:
     # Under a name of its own: of a name that it has seen, pybind11 hands out the module it made before.
     unique = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-    spec = importlib.util.spec_from_file_location(f"gptkernels.library_{unique}._cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = ExtensionFileLoader(f"gptkernels.library_{unique}._cuda", str(path))
+    module = importlib.util.module_from_spec(ModuleSpec(loader.name, loader, origin=str(path)))
+    loader.exec_module(module)
     return module
 
 
@@ -38,7 +39,7 @@ def load_file(path: Path) -> ModuleType:
 def _find() -> ModuleType | str:
     """The library built from the sources at hand, or why there is none."""
     packaged = importlib.util.find_spec("gptkernels._cuda")
-    paths = [Path(packaged.origin)] if packaged else []
+    paths = [Path(packaged.origin)] if packaged and packaged.origin else []
     reasons = []
     try:
         paths += cuda_build.cached_libraries()

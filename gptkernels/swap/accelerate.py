@@ -14,7 +14,7 @@ from ..ops.mlp import mlp as mlp_op
 from . import interface
 from .families import PARTS
 from .loss import HEAD, MODEL
-from .modules import FAMILIES, Family, Settings, is_replaced
+from .modules import FAMILIES, Family, Foreign, Settings, is_replaced
 from .parts import head_reason, head_size, is_float64
 from .probe import difference
 from .replacing import check_restorable, replace, restore
@@ -190,7 +190,7 @@ def replaced_row(path: str, module: nn.Module, family: Family, settings: Setting
     )
 
 
-def backend_of(module: nn.Module, family: Family, settings: Settings) -> str:
+def backend_of(module: Foreign, family: Family, settings: Settings) -> str:
     """Which backend would run a call of usual size."""
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
     if parameter is None or parameter.device.type == "meta":

@@ -76,7 +76,11 @@ def gptkernels_mask(
     except Unrepresentable as problem:
         fall_back(str(problem))
         options = {**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "device": device}
-        mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options)
+        mask = sdpa_mask(
+            batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, **options
+        )
+        if mask is None:
+            raise
         _explained[mask] = str(problem)
         return mask
 
@@ -238,7 +242,8 @@ def no_mask(query: Tensor, key: Tensor, is_causal: bool, sliding_window: int | N
     if documents is None:
         columns = query.new_empty((1, 0), dtype=torch.int32)
         return Mask("causal" if is_causal else "full", sliding_window, columns)
-    if (documents is not keys and not torch.equal(documents, keys)) or query.shape[2] != key.shape[2] or not is_causal:
+    same = documents is keys or (keys is not None and torch.equal(documents, keys))
+    if not same or query.shape[2] != key.shape[2] or not is_causal:
         raise Unrepresentable("cu_seq_lens_q other than cu_seq_lens_k")
     return Mask("documents", sliding_window, documents.to(torch.int32).view(1, -1))
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..bench.memory import kept_for_backward, storage_bytes
 from .accelerate import accelerate
+from .modules import Foreign
 
 ROWS, TOKENS, PADDING, NEW_TOKENS = 2, 64, 9, 40
 # What is timed: rows, and tokens where the model takes as many.
@@ -82,10 +83,10 @@ def load(path: str) -> nn.Module:
     return cls(config) if cls else transformers.AutoModel.from_config(config, **options)
 
 
-def compare(model: nn.Module, fast: nn.Module) -> Iterator[Finding]:
+def compare(model: Foreign, fast: Foreign) -> Iterator[Finding]:
     """Both in evaluation, in float32."""
     arguments = inputs(model)
-    masks = {"": None}
+    masks: dict[str, slice | None] = {"": None}
     if "input_ids" in arguments:
         masks |= {", left padding": slice(0, PADDING), ", right padding": slice(-PADDING, None)}
     for dtype in (torch.float32, torch.bfloat16):
@@ -102,14 +103,14 @@ def compare(model: nn.Module, fast: nn.Module) -> Iterator[Finding]:
             yield Finding(name_of(dtype), f"gradients, the worst of {len(shares)}{label}", max(shares.values()))
         arguments.pop("attention_mask", None)
     if "input_ids" in arguments and model.can_generate():
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        options: dict = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
         options["attention_mask"] = torch.ones_like(arguments["input_ids"])
         tokens = [each.generate(arguments["input_ids"], **options) for each in (model, fast)]
         same = torch.equal(*tokens)
         yield Finding("float32", f"greedy generation of {NEW_TOKENS} tokens", 0.0 if same else torch.inf)
 
 
-def inputs(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS, room: int = NEW_TOKENS) -> dict[str, Tensor]:
+def inputs(model: Foreign, rows: int = ROWS, tokens: int = TOKENS, room: int = NEW_TOKENS) -> dict[str, Tensor]:
     """tokens: at most, with room for as many more"""
     config, device = model.config, model.device
     if model.main_input_name == "pixel_values":
@@ -121,7 +122,7 @@ def inputs(model: nn.Module, rows: int = ROWS, tokens: int = TOKENS, room: int =
     return {"input_ids": torch.randint(1, text.vocab_size, (rows, tokens)).to(device)}
 
 
-def timed_inputs(model: nn.Module) -> dict[str, Tensor]:
+def timed_inputs(model: Foreign) -> dict[str, Tensor]:
     rows, tokens = TIMED[model.device.type]
     return inputs(model, rows, tokens, room=0)
 
@@ -159,7 +160,7 @@ def share(truth: Tensor, plain: Tensor, ours: Tensor) -> float:
     return error / max(RATIO * ordinary, FLOAT32 * size, 1e-30) if ours.isfinite().all() else torch.inf
 
 
-def cost(model: nn.Module) -> Cost:
+def cost(model: Foreign) -> Cost:
     dtype, device = next(model.parameters()).dtype, model.device
     arguments = timed_inputs(model)
     arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in arguments.items()}

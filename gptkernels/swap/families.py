@@ -39,4 +39,4 @@ def family(name: str, part: str, matches: type | Callable[[nn.Module], bool | st
         matches = lambda module: isinstance(module, cls)  # noqa: E731
     elif not callable(matches):
         raise TypeError(f"matches must be a class or a function of a module, not {type(matches).__name__}")
-    FAMILIES[name] = Family(name, part, matches, methods)
+    FAMILIES[name] = Family(name, part, matches, dict(methods))

@@ -157,7 +157,7 @@ def owner_of(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
     return None
 
 
-def switch(modules: dict[str, nn.Module], configs: dict[int, object]) -> Callable[[], None]:
+def switch(modules: dict[str, nn.Module], configs: dict[int, Any]) -> Callable[[], None]:
     """Gives the modules copies of those configurations that name our attention: another model may have the same ones.
     -> what undoes it"""
     if not configs:
@@ -168,7 +168,7 @@ def switch(modules: dict[str, nn.Module], configs: dict[int, object]) -> Callabl
 
     if not attention_interface.is_registered():
         attention_interface.register()
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     before = []
     for module in modules.values():
         for name, value in list(vars(module).items()):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from .modules import FAMILIES, Family, Settings, original, settings_of
+from .modules import FAMILIES, Family, Foreign, Settings, original, settings_of
 from .parts import is_plain
 from .probe import TOLERANCE, undisturbed
 from .replacing import replace, restore
@@ -28,7 +28,7 @@ MODELS = (
 MODEL, HEAD = "causal language model", "language model head"
 
 
-def matches(model: nn.Module) -> bool | str:
+def matches(model: Foreign) -> bool | str:
     known = any(is_a(model, name, "forward") for name in MODELS)
     if not known and not looks_like_one(model):
         return False
@@ -47,7 +47,7 @@ def looks_like_one(model: nn.Module) -> bool:
     return causal and cls.__module__.startswith("transformers.models.") and isinstance(head, nn.Linear)
 
 
-def difference(model: nn.Module) -> str | None:
+def difference(model: Foreign) -> str | None:
     """Why the loss cannot be made in the head's place, by trying: None where the logits are the head's outputs, the
     loss is transformers' usual one of them, and ours is the same."""
     if model.lm_head.weight.device.type == "meta":
@@ -80,7 +80,7 @@ def difference(model: nn.Module) -> str | None:
     return None
 
 
-def model_forward(model: nn.Module, *args, labels: Tensor | None = None, **kwargs):
+def model_forward(model: Foreign, *args, labels: Tensor | None = None, **kwargs):
     """In training with labels: outputs with the loss, and with None for the logits. Otherwise as it was."""
     if not takes_loss(model, labels, kwargs):
         return original(model, "forward")(*args, labels=labels, **kwargs)
@@ -96,7 +96,7 @@ def model_forward(model: nn.Module, *args, labels: Tensor | None = None, **kwarg
     return type(outputs)(**{**outputs, "loss": outputs["logits"], "logits": None})
 
 
-def takes_loss(model: nn.Module, labels: Tensor | None, kwargs: dict) -> bool:
+def takes_loss(model: Foreign, labels: Tensor | None, kwargs: dict) -> bool:
     all_logits = kwargs.get("logits_to_keep", 0) in (0, None)
     # Mixtures of experts add the router's own loss where they are asked for its logits.
     router = kwargs.get("output_router_logits")
@@ -105,7 +105,7 @@ def takes_loss(model: nn.Module, labels: Tensor | None, kwargs: dict) -> bool:
     return labels is not None and model.training and all_logits and has_usual_loss(model) and is_plain(model.lm_head)
 
 
-def has_usual_loss(model: nn.Module) -> bool:
+def has_usual_loss(model: Foreign) -> bool:
     """Whether model.loss_function is transformers' loss of causal language models, which it also is where the kind of
     model is not known. Asking for it would log that, which cannot be compiled."""
     from transformers.loss.loss_utils import LOSS_MAPPING
@@ -114,7 +114,7 @@ def has_usual_loss(model: nn.Module) -> bool:
     return own is LOSS_MAPPING["ForCausalLM"] if own else model.loss_type in ("ForCausalLM", None)
 
 
-def head_forward(head: nn.Module, x: Tensor) -> Tensor:
+def head_forward(head: Foreign, x: Tensor) -> Tensor:
     """x: (B, T, d) -> (B, T, V), or the loss: ()"""
     arguments = vars(head).get("loss_arguments")
     if arguments is None:

@@ -19,7 +19,7 @@ and cost nothing. What differs from row to row is in the columns; no column wher
     full_any    (hidden, *order)         keys in this order, the first `hidden` of which nobody sees
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ def causal_mask(
     queries: int, keys: int, end: int | Tensor, window: int | None, real: Tensor | None, device: torch.device
 ) -> Tensor:
     """The mask of queries of which the last one is at key end - 1. real: (B, keys) bool, False for padding."""
+    first: tuple[Tensor, ...]
     if isinstance(end, int):
         if end == keys:
             kind, first = "causal", ()
@@ -195,7 +196,13 @@ def attend(
 ) -> Tensor:
     """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D). What a padding query gives is finite, and no more."""
     window, columns = mask.window, mask.columns
-    options = {"causal": mask.causal, "window": window, "scale": scale, "dropout": dropout, "backend": backend}
+    options: dict[str, Any] = {
+        "causal": mask.causal,
+        "window": window,
+        "scale": scale,
+        "dropout": dropout,
+        "backend": backend,
+    }
     if mask.packed:
         rows = [x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in (q, k, v)]
         out = attention(*rows, cu_seqlens=columns.flatten(), **options)

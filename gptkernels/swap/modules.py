@@ -3,8 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import nn
+
+# A module of somebody else's: what it has, only its family knows.
+Foreign: TypeAlias = Any
 
 SETTINGS = "_gptkernels"
 FAMILIES: dict[str, "Family"] = {}
@@ -25,7 +29,7 @@ class Family:
     name: str
     part: str
     matches: Callable[[nn.Module], bool | str]
-    methods: dict[str, Callable] = field(default_factory=dict)
+    methods: dict[str, Callable | property] = field(default_factory=dict)
     probed: bool = False  # recognised by its looks only: what it computes is compared before it is replaced
 
 
@@ -37,6 +41,6 @@ def is_replaced(module: nn.Module) -> bool:
     return hasattr(type(module), "gptkernels_original")
 
 
-def original(module: nn.Module, name: str) -> Callable:
+def original(module: Foreign, name: str) -> Callable:
     """The method as it was, bound to the module."""
     return functools.partial(getattr(type(module).gptkernels_original, name), module)

@@ -10,7 +10,7 @@ from ..ops.attention import attention
 from ..ops.attention.op import HEAD_SIZES
 from ..ops.layer_norm import layer_norm
 from ..ops.mlp import mlp
-from .modules import original, settings_of
+from .modules import Foreign, original, settings_of
 
 # What activation modules and functions are called, in torch, transformers and models written by hand.
 ACTIVATIONS = {
@@ -59,20 +59,21 @@ def not_plain(*linears: nn.Module) -> str | None:
     return None
 
 
-def weight_of(linear: nn.Module) -> Tensor:
+def weight_of(linear: Foreign) -> Tensor:
     """(out, in)"""
     return linear.weight.mT if is_conv1d(linear) else linear.weight
 
 
-def layer_norm_forward(module: nn.Module, x: Tensor) -> Tensor:
+def layer_norm_forward(module: Foreign, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, eps=module.eps, backend=settings_of(module).backend)
 
 
-def run_mlp(module: nn.Module, x: Tensor, fc: nn.Module, activation, proj: nn.Module) -> Tensor | None:
+def run_mlp(module: nn.Module, x: Tensor, fc: Foreign, activation, proj: Foreign) -> Tensor | None:
     """None where the layers have become something that has to be called."""
     if not (is_plain(fc) and is_plain(proj)):
         return None
     name = activation_of(activation)
+    assert name is not None, "mlp_reason looks at this before anything is replaced"
     weights = weight_of(fc), fc.bias, weight_of(proj), proj.bias
     return mlp(x, *weights, activation=name, backend=settings_of(module).backend)
 
@@ -97,7 +98,7 @@ def mlp_reason(fc: nn.Module, activation, proj: nn.Module) -> str | None:
     return not_plain(fc, proj)
 
 
-def packed_attention_forward(module: nn.Module, x: Tensor) -> Tensor:
+def packed_attention_forward(module: Foreign, x: Tensor) -> Tensor:
     """nanoGPT's: x: (B, T, d) -> (B, T, d), one linear layer before the heads and one after"""
     settings = settings_of(module)
     heads = module.n_head

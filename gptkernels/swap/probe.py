@@ -69,7 +69,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             for dropout in dropouts:
                 dropout.p = 0.0
             if isinstance(own, float):
-                module.dropout = 0.0
+                vars(module)["dropout"] = 0.0
             yield
         finally:
             for each, training in modes.items():
@@ -77,4 +77,4 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             for dropout, p in dropouts.items():
                 dropout.p = p
             if isinstance(own, float):
-                module.dropout = own
+                vars(module)["dropout"] = own

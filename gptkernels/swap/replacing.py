@@ -4,15 +4,17 @@ stay the very same objects, and changing the class back is the undo."""
 import functools
 from collections.abc import Callable
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
-from .modules import FAMILIES, SETTINGS, Settings
+from .modules import FAMILIES, SETTINGS, Foreign, Settings
 
 
 def replace(module: nn.Module, families: tuple[str, ...], settings: Settings) -> None:
     """families: names of those whose methods the module takes."""
-    module.__class__ = replaced_class(type(module), families)
+    cls: Any = type(module)
+    module.__class__ = replaced_class(cls, families)
     module.__dict__[SETTINGS] = settings
 
 
@@ -22,7 +24,7 @@ def check_restorable(module: nn.Module) -> None:
         raise RuntimeError(f"{cls.__name__} was given another class after it was replaced (by FSDP?): undo that first")
 
 
-def restore(module: nn.Module) -> None:
+def restore(module: Foreign) -> None:
     check_restorable(module)
     module.__class__ = type(module).gptkernels_original
     del module.__dict__[SETTINGS]
@@ -41,8 +43,10 @@ def replaced_class(cls: type, families: tuple[str, ...]) -> type:
     for family in families:
         for name, method in FAMILIES[family].methods.items():
             # Signatures are read: by Trainer to choose columns, by generate() to check its arguments.
-            is_function = isinstance(method, FunctionType)
-            body[name] = functools.wraps(getattr(cls, name))(own_copy(method)) if is_function else method
+            if isinstance(method, FunctionType):
+                body[name] = functools.wraps(getattr(cls, name))(own_copy(method))
+            else:
+                body[name] = method
     return type(cls)(cls.__name__, (cls,), body)
 
 
@@ -55,7 +59,7 @@ def own_copy(method: Callable) -> Callable:
     return replacement
 
 
-def reduce(module: nn.Module, protocol) -> tuple:
+def reduce(module: Foreign, protocol) -> tuple:
     """For pickle and deepcopy, which could not find the subclass by its name."""
     cls = type(module)
     return rebuilt, (cls.gptkernels_original, cls.gptkernels_families), module.__dict__
@@ -67,5 +71,5 @@ def rebuilt(cls: type, families: tuple[str, ...]) -> nn.Module:
 
         if not attention_interface.is_registered():
             attention_interface.register()
-    new = replaced_class(cls, families)
+    new: Any = replaced_class(cls, families)
     return new.__new__(new)

@@ -56,8 +56,8 @@ class Report:
             table.add_column(column, overflow="fold")
         for row in self.replaced:
             table.add_row(row.path, row.was, row.became, row.backend)
-        for row in self.left:
-            table.add_row(row.path, row.was, f"left: {row.reason}", "")
+        for left in self.left:
+            table.add_row(left.path, left.was, f"left: {left.reason}", "")
         return table
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..ops.layer_norm import layer_norm
 from . import masks
-from .modules import FAMILIES, Family, original, settings_of
+from .modules import FAMILIES, Family, Foreign, original, settings_of
 from .parts import (
     layer_norm_forward,
     mlp_forward,
@@ -30,7 +30,7 @@ def is_encoder_layer(module: nn.Module) -> bool:
     return isinstance(module, cls) and all(getattr(type(module), m) is getattr(cls, m) for m in methods)
 
 
-def has_encoder_attention(module: nn.Module) -> bool | str:
+def has_encoder_attention(module: Foreign) -> bool | str:
     if not is_encoder_layer(module):
         return False
     inner = module.self_attn
@@ -47,7 +47,7 @@ def not_plain_attention(inner: nn.MultiheadAttention) -> str | None:
     return None
 
 
-def has_encoder_mlp(module: nn.Module) -> bool | str:
+def has_encoder_mlp(module: Foreign) -> bool | str:
     return is_encoder_layer(module) and (mlp_reason(module.linear1, module.activation, module.linear2) or True)
 
 
@@ -140,11 +140,12 @@ def looks_like_layer_norm(module: nn.Module) -> bool:
         "norm" in type(module).__name__.lower()
         and parameters in ({"weight"}, {"weight", "bias"})
         and bias != ()
-        and (weight.ndim == 1)
+        and isinstance(weight, Tensor)
+        and weight.ndim == 1
     )
 
 
-def plain_layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+def plain_layer_norm(module: Foreign, x: Tensor) -> Tensor:
     eps = getattr(module, "eps", 1e-5)
     return layer_norm(x, module.weight, module.bias, eps=eps, backend=settings_of(module).backend)
 
@@ -161,14 +162,14 @@ MLP_NAMES = (
 def looks_like_mlp(fc: str, activation: str, proj: str, dropout: str):
     def matches(module: nn.Module) -> bool | str:
         children = children_of(module)
-        found = [children.pop(name, None) for name in (fc, activation, proj, dropout)]
-        if type(module).__module__.startswith("transformers.") or any(x is None for x in found[:3]):
+        first, between, second, last = (children.pop(name, None) for name in (fc, activation, proj, dropout))
+        if type(module).__module__.startswith("transformers.") or between is None:
             return False
-        if not all(isinstance(x, nn.Linear) for x in found[:3:2]):
+        if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
             return False
-        if children or not isinstance(found[3], nn.Dropout | None):
+        if children or not isinstance(last, nn.Dropout | None):
             return f"it also has {', '.join(children) or 'a dropout of its own kind'}"
-        return mlp_reason(*found[:3]) or True
+        return mlp_reason(first, between, second) or True
 
     return matches
 
@@ -211,6 +212,6 @@ def add_all() -> None:
         )
 
 
-def is_encoder(module: nn.Module) -> bool:
+def is_encoder(module: Foreign) -> bool:
     own = isinstance(module, nn.TransformerEncoder) and type(module).forward is nn.TransformerEncoder.forward
     return own and any(has_encoder_attention(layer) is True for layer in module.layers)

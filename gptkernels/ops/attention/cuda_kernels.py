@@ -51,7 +51,9 @@ def describe(q, k, v, key_start, cu_seqlens, causal, window, scale, dropout) -> 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
-    return tuple(x.stride()[:3]) if x.ndim == 4 else (0, x.stride(1), x.stride(0))
+    if x.ndim == 4:
+        return x.stride(0), x.stride(1), x.stride(2)
+    return 0, x.stride(1), x.stride(0)
 
 
 def shape_fields(q, k, key_start, cu_seqlens, causal, window, scale) -> dict:

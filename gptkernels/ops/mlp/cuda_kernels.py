@@ -142,7 +142,9 @@ def mlp_bwd(
         grads = bwd_outputs(
             dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
         )
-        return tuple(grad.zero_() for grad in grads)
+        for grad in grads:
+            grad.zero_()
+        return grads
     if copies_cost_more(x, fc_weight, proj_weight):
         return eager.mlp_bwd(
             dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
@@ -152,6 +154,6 @@ def mlp_bwd(
     remade = None
     if needs[3] and save != "all":
         act = remade = torch.empty_like(preact)
-    operands = map(cuda_library.addressable, (dout, proj_weight))
-    grad, partials = fused_grad_preact(*operands, preact, activation, remade, wants_partials=needs[2])
+    dout_read, weight_read = cuda_library.addressable(dout), cuda_library.addressable(proj_weight)
+    grad, partials = fused_grad_preact(dout_read, weight_read, preact, activation, remade, wants_partials=needs[2])
     return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs, fc_sum, proj_sum)
