@@ -28,16 +28,18 @@ PTXEMU_API void ptxemu_clock_launch(int recording, uint32_t* out, ptxemu_stats* 
   out[7] = r.shared_bytes;
   *stats = r.stats;
 }
-PTXEMU_API int ptxemu_clock_run(int recording, const void* code, size_t instructions, const double* units, double* result, double* waits,
+PTXEMU_API int ptxemu_clock_run(int recording, const void* code, size_t instructions, const int32_t* jumps, size_t jump_count, const double* units, double* result, double* waits,
                                 size_t waits_room, size_t* wait_count, double* ctas, size_t ctas_room) {
   try {
     const Recording& r = recordings().at(recording);
     auto* sass = static_cast<const Sass*>(code);
+    Program program{{sass, sass + instructions}, {}};
+    for (size_t i = 0; i < jump_count; ++i) program.jumps.push_back({jumps[2 * i], jumps[2 * i + 1]});
     Units u;
     std::memcpy(&u, units, sizeof u);
     std::vector<Waited> waited;
     std::vector<CtaTimes> times;
-    ClockResult answer = run_clock(r, std::vector<Sass>(sass, sass + instructions), u, waited, times);
+    ClockResult answer = run_clock(r, program, u, waited, times);
     std::memcpy(result, &answer, sizeof answer);
     *wait_count = std::min(waited.size(), waits_room / 4);
     for (size_t i = 0; i < *wait_count; ++i) {

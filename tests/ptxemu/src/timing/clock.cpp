@@ -98,8 +98,8 @@ struct Event {
 
 class Clock {
  public:
-  Clock(const Recording& recording, const std::vector<Sass>& code, const Units& units)
-      : recording_(recording), units_(units), walker_(recording, code), code_(walker_.code()), sms_(recording.cluster_size) {
+  Clock(const Recording& recording, const Program& program, const Units& units)
+      : recording_(recording), units_(units), walker_(recording, program), code_(walker_.code()), sms_(recording.cluster_size) {
     waits_.assign(recording.lines.size() * size_t(Reason::Count), 0);
     for (uint32_t pc = 0; pc < recording.lines.size(); ++pc) pc_of_line_.try_emplace(recording.lines[pc], pc);
   }
@@ -372,12 +372,13 @@ void Clock::effects(Lane& lane, const Step& step, const Sass* s) {
   double landed = now_;
   if (op) {
     const std::string& opcode = recording_.opcodes[op->pc];
-    bool bulk_load = false, bulk_store = false, reduce = false;
+    bool bulk_store = false, reduce = false;
+    uint32_t targets = 0;      // CTAs that a bulk load goes to: L2 is read once for all of them
     if (opcode.rfind("cp.async.bulk", 0) == 0 || opcode.rfind("cp.reduce", 0) == 0) {
       bool group = opcode.find("commit_group") != opcode.npos || opcode.find("wait_group") != opcode.npos;
-      for (size_t i = size_t(step.item) + 1; i < items.size() && items[i].kind == Kind::Landed; ++i) bulk_load = true;
+      for (size_t i = size_t(step.item) + 1; i < items.size() && items[i].kind == Kind::Landed; ++i) ++targets;
       reduce = opcode.rfind("cp.reduce", 0) == 0;
-      bulk_store = !group && !bulk_load && op->bytes > 0;
+      bulk_store = !group && !targets && op->bytes > 0;
       if (group && opcode.find("commit") != opcode.npos) {
         lane.bulk_read.push_back(lane.bulk_read_open);
         lane.bulk_done.push_back(lane.bulk_done_open);
@@ -397,15 +398,17 @@ void Clock::effects(Lane& lane, const Step& step, const Sass* s) {
       for (size_t i = 0; i + keep < lane.copies.size(); ++i)
         if (lane.copies[i] > lane.wake) { lane.wake = lane.copies[i]; lane.why = Reason::Scoreboard; }
     }
-    if (bulk_load || bulk_store) {
+    if (targets || bulk_store) {
+      bool each_lane = s && s->argument;
+      double copies = each_lane ? op->count : 1, bytes = op->bytes / (each_lane ? 1.0 : std::max(op->count, 1u));
       double start = std::max(sm.tma_free, now_ + units_.tma_issue);
-      sm.tma_free = start + units_.tma_interval;
-      result_.tma_busy += units_.tma_interval;
-      if (bulk_load) landed = fetch(sm, start + units_.tma_latency, op->bytes);
+      sm.tma_free = start + units_.tma_interval * copies;
+      result_.tma_busy += units_.tma_interval * copies;
+      if (targets) landed = fetch(sm, start + units_.tma_latency, bytes / targets);
       else {
-        sm.store_free = std::max(sm.store_free, start) + op->bytes / units_.shared_bytes;
-        result_.shared_busy += op->bytes / units_.shared_bytes;
-        double done = store(sm, sm.store_free, op->bytes, reduce);
+        sm.store_free = std::max(sm.store_free, start) + bytes / units_.shared_bytes;
+        result_.shared_busy += bytes / units_.shared_bytes;
+        double done = store(sm, sm.store_free, bytes, reduce);
         lane.bulk_read_open = std::max(lane.bulk_read_open, std::max(sm.store_free, done) + units_.tma_issue);
         lane.bulk_done_open = std::max(lane.bulk_done_open, done + units_.l2_latency);
       }
@@ -651,9 +654,9 @@ ClockResult Clock::run(std::vector<Waited>& waited, std::vector<CtaTimes>& times
 
 }  // namespace
 
-ClockResult run_clock(const Recording& recording, const std::vector<Sass>& code, const Units& units, std::vector<Waited>& waited,
+ClockResult run_clock(const Recording& recording, const Program& program, const Units& units, std::vector<Waited>& waited,
                       std::vector<CtaTimes>& times) {
-  return Clock(recording, code, units).run(waited, times);
+  return Clock(recording, program, units).run(waited, times);
 }
 
 }  // namespace ptxemu::timing

@@ -39,7 +39,7 @@ struct Waited { uint32_t pc; Reason reason; double cycles; };
 
 struct CtaTimes { double start, end; };
 
-ClockResult run_clock(const Recording& recording, const std::vector<Sass>& code, const Units& units, std::vector<Waited>& waited,
+ClockResult run_clock(const Recording& recording, const Program& program, const Units& units, std::vector<Waited>& waited,
                       std::vector<CtaTimes>& times);
 
 }  // namespace ptxemu::timing

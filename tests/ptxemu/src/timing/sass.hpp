@@ -23,7 +23,15 @@ struct Sass {       // as _native.SassStruct
   uint8_t guarded;
   uint8_t reads;              // 32-bit registers that it fetches for each lane
   int32_t target;             // of a branch, else -1
-  uint32_t argument;          // Hgmma: N | A in registers << 9 | commits << 10; WarpgroupWait: N; Mma: tensor cycles
+  uint32_t argument;          // Hgmma: N | A in registers << 9 | commits << 10; WarpgroupWait: N; Mma: tensor cycles;
+                              // TmaLoad, TmaStore: whether each lane makes a copy
+};
+
+struct Jump { int32_t from, to; };   // of branches with several targets
+
+struct Program {
+  std::vector<Sass> code;
+  std::vector<Jump> jumps;
 };
 
 struct Step {
@@ -38,7 +46,7 @@ struct WalkStats {
 
 class Walker {
  public:
-  Walker(const Recording& recording, std::vector<Sass> code);
+  Walker(const Recording& recording, const Program& program);
   std::vector<Step> walk(const std::vector<Item>& items);
   const std::vector<Sass>& code() const { return code_; }
   WalkStats stats;
@@ -56,6 +64,7 @@ class Walker {
 
   const Recording& recording_;
   std::vector<Sass> code_;
+  std::unordered_multimap<uint32_t, uint32_t> jumps_;
   std::vector<uint32_t> rank_;                // reverse postorder
   std::vector<uint8_t> polls_;
   std::vector<uint8_t> seen_;                 // by line: 2 in this window, 1 in a neighbouring one

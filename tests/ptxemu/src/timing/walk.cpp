@@ -10,7 +10,8 @@
 
 namespace ptxemu::timing {
 
-Walker::Walker(const Recording& recording, std::vector<Sass> code) : recording_(recording), code_(std::move(code)) {
+Walker::Walker(const Recording& recording, const Program& program) : recording_(recording), code_(program.code) {
+  for (Jump jump : program.jumps) jumps_.emplace(uint32_t(jump.from), uint32_t(jump.to));
   uint32_t last = 0;
   for (uint32_t line : recording.lines) last = std::max(last, line);
   for (const Sass& s : code_) last = std::max(last, s.line);
@@ -41,23 +42,25 @@ void Walker::successors(uint32_t node, F f) const {
   bool falls = s.op != Op::Exit && s.op != Op::Branch;
   if ((falls || s.guarded) && node + 1 < code_.size()) f(node + 1);
   if (s.target >= 0) f(uint32_t(s.target));
+  if (s.op == Op::Branch && s.target < 0)
+    for (auto [at, end] = jumps_.equal_range(node); at != end; ++at) f(at->second);
 }
 
 void Walker::order() {
   std::vector<uint8_t> state(code_.size(), 0);
   rank_.assign(code_.size(), 0);
-  std::vector<std::pair<uint32_t, uint8_t>> stack;
+  std::vector<std::pair<uint32_t, size_t>> stack;
   uint32_t next = uint32_t(code_.size());
   if (code_.empty()) return;
   stack.push_back({0, 0});
   state[0] = 1;
   while (!stack.empty()) {
     auto& [node, at] = stack.back();
-    uint32_t options[2], n = 0;
-    successors(node, [&](uint32_t to) { options[n++] = to; });
-    if (at < n) {
+    std::vector<uint32_t> options;
+    successors(node, [&](uint32_t to) { options.push_back(to); });
+    if (at < options.size()) {
       // The branch first, so that the fall-through comes earlier in reverse postorder.
-      uint32_t to = options[n - 1 - at++];
+      uint32_t to = options[options.size() - 1 - at++];
       if (!state[to]) { state[to] = 1; stack.push_back({to, 0}); }
     } else {
       rank_[node] = --next;

@@ -8,7 +8,7 @@ for launch in launches:
 
 import ctypes
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass, field
 
 from .._native import StatsStruct, last_error, library
@@ -28,8 +28,8 @@ for _name, (_result, _arguments) in {
     "ptxemu_clock_kernel": (c_char_p, [c_int]),
     "ptxemu_clock_ptx": (c_char_p, [c_int]),
     "ptxemu_clock_launch": (None, [c_int, POINTER(c_uint32), POINTER(StatsStruct)]),
-    "ptxemu_clock_run": (c_int, [c_int, c_void_p, c_size_t, POINTER(c_double), POINTER(c_double), POINTER(c_double), c_size_t,
-                                 POINTER(c_size_t), POINTER(c_double), c_size_t]),
+    "ptxemu_clock_run": (c_int, [c_int, c_void_p, c_size_t, POINTER(c_int32), c_size_t, POINTER(c_double), POINTER(c_double),
+                                 POINTER(c_double), c_size_t, POINTER(c_size_t), POINTER(c_double), c_size_t]),
 }.items():  # fmt: skip
     _function = getattr(library, _name)
     _function.restype, _function.argtypes = _result, _arguments
@@ -96,8 +96,9 @@ class Recorded:
         values = (c_double * len(PARAMETERS))(*(filled[name] for name in PARAMETERS))
         result, waits, count = (c_double * len(RESULTS))(), (c_double * 80000)(), c_size_t()
         ctas = (c_double * (2 * self.grid[0] * self.grid[1] * self.grid[2]))()
-        if library.ptxemu_clock_run(self._index, table, len(table), values, result, waits, len(waits), byref(count), ctas,
-                                    len(ctas)):  # fmt: skip
+        jumps = (c_int32 * max(2 * len(self.sass.jumps), 1))(*(place for jump in self.sass.jumps for place in jump))
+        if library.ptxemu_clock_run(self._index, table, len(table), jumps, len(self.sass.jumps), values, result, waits, len(waits),
+                                    byref(count), ctas, len(ctas)):  # fmt: skip
             raise last_error()
         counts = dict(zip(RESULTS, result))
         busy = {name[: -len("_busy")]: value for name, value in counts.items() if name.endswith("_busy")}

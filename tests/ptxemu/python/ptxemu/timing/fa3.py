@@ -55,7 +55,11 @@ class FlashAttention3:
             "--expt-extended-lambda",
             "-DNDEBUG",
         ]
-        command += ["-DCUTLASS_ENABLE_GDC_FOR_SM90", f"-DFA3_{'BACKWARD' if backward else 'FORWARD'}"]
+        command += [
+            "-DCUTLASS_ENABLE_GDC_FOR_SM90",
+            "-DCUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED",
+            f"-DFA3_{'BACKWARD' if backward else 'FORWARD'}",
+        ]
         command += [
             f"-DFA3_HEAD_DIM={head_dim}",
             f"-DFA3_CAUSAL={str(causal).lower()}",

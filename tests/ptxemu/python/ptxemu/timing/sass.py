@@ -68,6 +68,7 @@ class Sass:
     kernel: str
     texts: list[str] = field(default_factory=list)
     code: list[tuple] = field(default_factory=list)  # as SassStruct's fields
+    jumps: list[tuple[int, int]] = field(default_factory=list)  # of branches with several targets
     registers: int = 0
     unknown: set[str] = field(default_factory=set)  # mnemonics taken for ALU instructions
 
@@ -135,40 +136,51 @@ def _argument(op: str, text: str) -> int:
     return 0
 
 
-_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x([0-9a-f]{16}) \*/")
+_SECTION = re.compile(r"\s*\.section\s+\.text\.([\w$.]+)")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
+_BRANCH_TARGETS = re.compile(r"\(\*\"BRANCH_TARGETS (.*?)\"\*\)")
 _SECOND_WORD = re.compile(r"\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 _LINE = re.compile(r'\s*//## File "k\.ptx", line (\d+)')
 _LABEL = re.compile(r"\s*(\.L[\w$]+):")
 
 
 def parse(listing: str) -> dict[str, Sass]:
-    """Of `nvdisasm -g -c -hex`."""
-    kernels, current, line, labels, branches = {}, None, 0, {}, []
-    pending = None
+    """Of `nvdisasm -g -c -hex`: each instruction's text with the first half of its bits, then the second half alone."""
+    sections: dict[str, list[str]] = {}
     for text in listing.split("\n"):
-        if match := re.match(r"\s*\.section\s+\.text\.([\w$.]+)", text):
-            current = kernels.setdefault(match[1], Sass(match[1]))
-            line, labels, branches = 0, {}, []
-            current_labels = labels
-            current.__dict__["_branches"], current.__dict__["_labels"] = branches, current_labels
-        if current is None:
-            continue
-        if match := _LINE.match(text):
+        if match := _SECTION.match(text):
+            lines = sections.setdefault(match[1], [])
+        if sections:
+            lines.append(text)
+    return {kernel: _parse_section(kernel, lines) for kernel, lines in sections.items()}
+
+
+def _parse_section(kernel: str, lines: list[str]) -> Sass:
+    sass, labels, line, text = Sass(kernel), {}, 0, ""
+    for row in lines:
+        if match := _LINE.match(row):
             line = int(match[1])
-        elif match := _LABEL.match(text):
-            labels[match[1]] = len(current.code)
-        elif match := _INSTRUCTION.match(text):
-            pending = match[2]
-        elif pending is not None and (match := _SECOND_WORD.match(text)):
-            _add(current, pending, int(match[1], 16) >> 41, line, branches)
-            pending = None
-    for sass in kernels.values():
-        for at, label in sass.__dict__.pop("_branches"):
-            row = list(sass.code[at])
-            row[9] = sass.__dict__["_labels"].get(label, -1)
-            sass.code[at] = tuple(row)
-        sass.__dict__.pop("_labels")
-    return kernels
+        elif match := _LABEL.match(row):
+            labels[match[1]] = len(sass.texts)
+        elif match := _INSTRUCTION.match(row):
+            text = match[1]
+        elif text and (match := _SECOND_WORD.match(row)):
+            sass.code.append(_fields(sass, text, int(match[1], 16) >> 41, line))
+            sass.texts.append(text)
+            text = ""
+    for at, text in enumerate(sass.texts):
+        if OPERATIONS[sass.code[at][1]] in ("tma_load", "tma_store"):
+            # A loop around it makes one copy for each lane; without one the warp makes a single copy.
+            each_lane = any("BRA.U.ANY" in later for later in sass.texts[at + 1 : at + 10])
+            sass.code[at] = (*sass.code[at][:-1], int(each_lane))
+        if OPERATIONS[sass.code[at][1]] != "branch":
+            continue
+        if match := re.search(r"`\((\.L[\w$]+)\)", text):
+            *fields, _, argument = sass.code[at]
+            sass.code[at] = (*fields, labels[match[1]], argument)
+        elif match := _BRANCH_TARGETS.search(text):
+            sass.jumps += [(at, labels[label]) for label in match[1].split(",")]
+    return sass
 
 
 def _register_reads(sass: Sass, op: str, body: str) -> int:
@@ -186,7 +198,8 @@ def _register_reads(sass: Sass, op: str, body: str) -> int:
     return count
 
 
-def _add(sass: Sass, text: str, control: int, line: int, branches: list) -> None:
+def _fields(sass: Sass, text: str, control: int, line: int) -> tuple:
+    """As SassStruct's, but for a branch's target. control: bits 105 and up"""
     guard, _, body = text.partition(" ") if text.startswith("@") else ("", "", text)
     body = body.strip()
     mnemonic = body.split(" ")[0].rstrip(",")
@@ -197,15 +210,16 @@ def _add(sass: Sass, text: str, control: int, line: int, branches: list) -> None
             sass.unknown.add(mnemonic)
     guarded = bool(guard) and guard not in ("@PT", "@UPT")
     if op == "branch":
-        label = re.search(r"`\((\.L[\w$]+)\)", body)
-        if label:
-            branches.append((len(sass.code), label[1]))
         guarded |= ".DIV" in mnemonic or ".CONV" in mnemonic or bool(re.match(r"\S+ !?U?P\d", body))
-    sass.code.append((
-        line, OPERATIONS.index(op), control & 15, control >> 4 & 1, control >> 5 & 7, control >> 8 & 7, control >> 11 & 63,
-        guarded, _register_reads(sass, op, body), -1, _argument(op, body),
-    ))  # fmt: skip
-    sass.texts.append(text)
+    stall, yields, write, read, wait = (
+        control & 15,
+        control >> 4 & 1,
+        control >> 5 & 7,
+        control >> 8 & 7,
+        control >> 11 & 63,
+    )
+    reads = _register_reads(sass, op, body)
+    return line, OPERATIONS.index(op), stall, yields, write, read, wait, guarded, reads, -1, _argument(op, body)
 
 
 @functools.lru_cache(maxsize=64)

@@ -42,7 +42,7 @@ PARAMETERS = {
     "tensor_depth_registers": 5,  # FlashGPU-Sim
     "tensor_group_wait": 10,  # estimate
     "register_reads": 2,  # two banks with one port of 32 lanes each
-    "register_reads_tensor": 1,  # FlashGPU-Sim: a wgmma in flight takes 512 of 1,024 bytes per cycle and SM
+    "register_reads_tensor": 0.6,  # [fit] FlashGPU-Sim has 1: a wgmma in flight takes 512 of 1,024 bytes per cycle and SM
     "shared_bytes": 128,  # 32 banks of four bytes
     "tma_issue": 33,  # FlashGPU-Sim
     "tma_interval": 33,  # the same: one bulk copy after another
