@@ -138,7 +138,7 @@ class Clock {
   void set_board(Lane& lane, int board, double time) {
     if (board < 7) lane.boards[board].time = std::max(lane.boards[board].time, time);
   }
-  double fetch(Sm& sm, double time, double bytes);
+  double fetch(Sm& sm, double time, double bytes, double fresh);   // fresh: of the bytes, those nobody loaded before
   double store(Sm& sm, double time, double bytes, bool reduce);
   void dispatch(Sm& sm, Block& block, uint32_t group, uint64_t number, const Sass& s);
   void arrive(Block& block, const Item& item, double time);
@@ -149,11 +149,11 @@ class Clock {
   [[noreturn]] void stuck() const;
 };
 
-double Clock::fetch(Sm& sm, double time, double bytes) {
+double Clock::fetch(Sm& sm, double time, double bytes, double fresh) {
   sm.l2_free = std::max(sm.l2_free, time) + bytes / units_.l2_read_bytes;
   result_.l2_busy += bytes / units_.l2_read_bytes;
   double done = sm.l2_free + units_.l2_latency;
-  double missed = bytes * units_.dram_read_share;
+  double missed = fresh * units_.dram_read_share;
   if (missed > 0) {
     sm.dram_free = std::max(sm.dram_free, time) + missed / units_.dram_bytes;
     result_.dram_busy += missed / units_.dram_bytes;
@@ -404,7 +404,7 @@ void Clock::effects(Lane& lane, const Step& step, const Sass* s) {
       double start = std::max(sm.tma_free, now_ + units_.tma_issue);
       sm.tma_free = start + units_.tma_interval * copies;
       result_.tma_busy += units_.tma_interval * copies;
-      if (targets) landed = fetch(sm, start + units_.tma_latency, bytes / targets);
+      if (targets) landed = fetch(sm, start + units_.tma_latency, bytes / targets, bytes / targets);
       else {
         sm.store_free = std::max(sm.store_free, start) + bytes / units_.shared_bytes;
         result_.shared_busy += bytes / units_.shared_bytes;
@@ -415,7 +415,12 @@ void Clock::effects(Lane& lane, const Step& step, const Sass* s) {
     }
     for (size_t i = size_t(step.item) + 1; i < items.size(); ++i) {
       const Item& item = items[i];
-      if (item.kind == Kind::Arrive || item.kind == Kind::Landed) {
+      if (item.kind == Kind::Init) {
+        Mbar& bar = lane.block->mbars[item.address];
+        bar.pending = bar.expected = item.expected;
+        bar.phase = 0;
+        bar.bytes = 0;
+      } else if (item.kind == Kind::Arrive || item.kind == Kind::Landed) {
         Block* block = lane.block;
         double time = item.kind == Kind::Landed ? landed : now_ + units_.mbarrier_arrive;
         at(time, [this, block, &item](double when) { arrive(*block, item, when); });
@@ -450,7 +455,9 @@ void Clock::effects(Lane& lane, const Step& step, const Sass* s) {
           break;
         }
         case Op::GlobalLoad: case Op::AsyncCopy: {
-          double done = fetch(sm, now_ + 30, 32.0 * op->load_sectors);
+          double done = now_ + units_.l1_latency;
+          if (uint32_t sectors = op->load_sectors - std::min(op->load_sectors, op->near_sectors))
+            done = fetch(sm, now_ + 30, 32.0 * sectors, 32.0 * op->first_sectors);
           lane.copies_open = std::max(lane.copies_open, done);
           if (s->op == Op::GlobalLoad) set_board(lane, write, done);
           write = 7;

@@ -19,7 +19,7 @@ struct Units {
   double register_reads, register_reads_tensor;                        // per cycle and scheduler: always, while the tensor cores run
   double shared_bytes;
   double tma_issue, tma_interval, tma_latency;
-  double l2_latency, dram_latency, l2_read_bytes, l2_write_bytes, l2_reduce_bytes, dram_bytes;
+  double l1_latency, l2_latency, dram_latency, l2_read_bytes, l2_write_bytes, l2_reduce_bytes, dram_bytes;
   double dram_read_share, dram_write_share;                            // of the bytes that go on from L2 to HBM
   double atomic_latency, cta_start, proxy_fence, memory_fence, register_change;
   double resident_ctas;

@@ -10,7 +10,7 @@ namespace ptxemu::timing {
 // The order is that of sass.py's OPERATIONS.
 enum class Op : uint16_t {
   Control, Fma, FmaHeavy, Alu, Xu, Uniform, Branch, Shuffle, SharedLoad, SharedStore, GlobalLoad, GlobalStore, Atomic, Hgmma, WarpgroupArrive,
-  WarpgroupWait, Barrier, MbarrierArrive, MbarrierWait, MbarrierOther, TmaLoad, TmaStore, TmaCommit, AsyncCopy, AsyncCommit, AsyncWait, Mma,
+  WarpgroupWait, Barrier, MbarrierArrive, MbarrierWait, MbarrierInit, TmaLoad, TmaStore, TmaCommit, AsyncCopy, AsyncCommit, AsyncWait, Mma,
   ConstantLoad, Fence, Exit, Special, Registers, Local, Count
 };
 

@@ -23,7 +23,7 @@ bool is_operation(const std::string& opcode) {
 Anchor anchor_of(const std::string& opcode) {
   static const std::pair<const char*, Anchor> kPrefixes[] = {   // the first that fits
       {"wgmma.mma_async", Anchor::Product}, {"wgmma.wait_group", Anchor::ProductWait}, {"bar.warp", Anchor::None}, {"bar.", Anchor::Barrier},
-      {"barrier.cluster", Anchor::None}, {"barrier.", Anchor::Barrier}, {"mbarrier.init", Anchor::None}, {"mbarrier.inval", Anchor::None},
+      {"barrier.cluster", Anchor::None}, {"barrier.", Anchor::Barrier}, {"mbarrier.init", Anchor::MbarrierInit}, {"mbarrier.inval", Anchor::None},
       {"mbarrier.pending", Anchor::None}, {"mbarrier.test_wait", Anchor::MbarrierWait}, {"mbarrier.try_wait", Anchor::MbarrierWait},
       {"mbarrier.", Anchor::MbarrierArrive}, {"cp.async.mbarrier", Anchor::MbarrierArrive}, {"cp.async.bulk.commit", Anchor::BulkCommit},
       {"cp.async.bulk.wait", Anchor::CopyWait}, {"cp.async.bulk.prefetch", Anchor::None}, {"cp.async.bulk", Anchor::Bulk},
@@ -89,6 +89,7 @@ void Recording::back(Warp& warp, uint32_t pc) { of(warp).push_back({.kind = Kind
 void Recording::before(const World& world) {
   before_ = world.stats;
   pending_.clear();
+  first_ = near_ = 0;
 }
 void Recording::after(Warp& warp, uint32_t pc, uint32_t lanes, const World& world) {
   auto& items = of(warp);
@@ -99,7 +100,9 @@ void Recording::after(Warp& warp, uint32_t pc, uint32_t lanes, const World& worl
                    .bytes = uint32_t(s.tma_load_bytes - before_.tma_load_bytes + s.tma_store_bytes - before_.tma_store_bytes),
                    .load_sectors = uint32_t(s.global_load_sectors - before_.global_load_sectors),
                    .store_sectors = uint32_t(s.global_store_sectors - before_.global_store_sectors),
-                   .wavefronts = uint32_t(s.shared_wavefronts - before_.shared_wavefronts)});
+                   .wavefronts = uint32_t(s.shared_wavefronts - before_.shared_wavefronts),
+                   .first_sectors = first_,
+                   .near_sectors = near_});
   items.insert(items.end(), pending_.begin(), pending_.end());
 }
 void Recording::arrival(const Cta& cta, uint32_t offset, int32_t arrivals, int64_t tx, int32_t expected, bool landed) {
@@ -112,10 +115,22 @@ void Recording::arrival(const Cta& cta, uint32_t offset, int32_t arrivals, int64
   pending_.push_back({.kind = landed ? Kind::Landed : Kind::Arrive, .cta = uint16_t(cta.rank), .count = uint32_t(arrivals), .address = offset,
                       .expected = uint32_t(expected), .bytes = uint32_t(tx)});
 }
+void Recording::init(const Cta& cta, uint32_t offset, uint32_t expected) {
+  pending_.push_back({.kind = Kind::Init, .cta = uint16_t(cta.rank), .address = offset, .expected = expected});
+}
 void Recording::wait(const Cta& cta, uint32_t offset, uint32_t parity) {
   for (const Item& item : pending_)
     if (item.kind == Kind::Wait && item.address == offset) return;
   pending_.push_back({.kind = Kind::Wait, .parity = uint8_t(parity), .cta = uint16_t(cta.rank), .address = offset});
+}
+void Recording::load(const uint64_t* sectors, int count) {
+  constexpr uint64_t kNear = 128 * 1024 / 32;   // about what L1 keeps beside shared memory
+  for (int i = 0; i < count; ++i) {
+    auto [at, fresh] = loaded_.try_emplace(sectors[i], ++loads_);
+    first_ += fresh;
+    if (!fresh && loads_ - at->second < kNear) ++near_;
+    at->second = loads_;
+  }
 }
 void Recording::barrier(uint32_t id, uint32_t expected, bool waits) {
   pending_.push_back({.kind = Kind::Barrier, .parity = waits, .count = 32, .address = id, .expected = expected});

@@ -13,6 +13,7 @@ enum class Kind : uint8_t {
   Run,       // `count` instructions from `pc` on
   Op,        // one instruction that uses memory, barriers or tensor cores; the items that follow say more
   Back,      // a branch to a lower pc, taken
+  Init,      // an mbarrier (cta, address) starts over, with `expected` arrivals
   Arrive,    // an mbarrier (cta, address) gets arrivals and bytes, of `expected` arrivals in all
   Landed,    // the same by a bulk copy, when it lands
   Wait,      // an mbarrier's phase `parity` has completed
@@ -20,7 +21,7 @@ enum class Kind : uint8_t {
 };
 
 // Instructions that ptxas keeps in their order among each other.
-enum class Anchor : uint8_t { None, Product, ProductWait, Barrier, MbarrierWait, MbarrierArrive, Bulk, BulkCommit, CopyCommit, CopyWait, Registers };
+enum class Anchor : uint8_t { None, Product, ProductWait, Barrier, MbarrierInit, MbarrierWait, MbarrierArrive, Bulk, BulkCommit, CopyCommit, CopyWait, Registers };
 Anchor anchor_of(const std::string& opcode);
 
 struct Item {
@@ -33,6 +34,7 @@ struct Item {
   uint32_t expected = 0;
   uint32_t bytes = 0;        // Arrive, Landed: transaction bytes, signed; Op: bytes that a bulk copy moved
   uint32_t load_sectors = 0, store_sectors = 0, wavefronts = 0;
+  uint32_t first_sectors = 0, near_sectors = 0;   // of load_sectors: never loaded before; loaded so lately that L1 has them
 };
 
 struct CtaTrace {
@@ -63,11 +65,16 @@ struct Recording {
   void step(Warp& warp, uint32_t pc);
   void back(Warp& warp, uint32_t pc);
   void arrival(const Cta& cta, uint32_t offset, int32_t arrivals, int64_t tx, int32_t expected, bool landed);
+  void init(const Cta& cta, uint32_t offset, uint32_t expected);
   void wait(const Cta& cta, uint32_t offset, uint32_t parity);
   void barrier(uint32_t id, uint32_t expected, bool waits);
+  void load(const uint64_t* sectors, int count);
 
  private:
   ptxemu_stats before_{};
+  uint32_t first_ = 0, near_ = 0;
+  uint64_t loads_ = 0;                            // sectors loaded so far
+  std::unordered_map<uint64_t, uint64_t> loaded_; // sector -> loads_ when it was loaded last
   std::vector<Item> pending_;
 };
 

@@ -27,6 +27,7 @@ static Anchor anchor_of(Op op) {
     case Op::Barrier: return Anchor::Barrier;
     case Op::MbarrierArrive: return Anchor::MbarrierArrive;
     case Op::MbarrierWait: return Anchor::MbarrierWait;
+    case Op::MbarrierInit: return Anchor::MbarrierInit;
     case Op::TmaLoad: case Op::TmaStore: return Anchor::Bulk;
     case Op::TmaCommit: return Anchor::BulkCommit;
     case Op::AsyncCommit: return Anchor::CopyCommit;

@@ -17,7 +17,7 @@ import torch
 from .. import cuda
 from . import Recorded, recording, tiles
 from .fa3 import FlashAttention3, cutlass_headers
-from .units import CALIBRATION_MHZ, POWER_LIMIT_MHZ, SMS
+from .units import CALIBRATION_MHZ, PARAMETERS, POWER_LIMIT_MHZ, SMS
 
 FITTED = "register_reads_tensor"
 CANDIDATES = (1.0, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
@@ -151,9 +151,13 @@ def copy_row(**changes: float) -> Row:
     return Row("copy", "2 GiB", predicted, 2 * (2 << 30) / COPY_BYTES_PER_S * 1e6, held_out=False)
 
 
-def gemm_row(**changes: float) -> Row:
-    """CUTLASS's cooperative kernel, 128 x 256 x 64, clusters of two, at 8192 cubed."""
-    size, (tile_m, tile_n, tile_k) = 8192, (128, 256, 64)
+GEMM_TILE = 128, 256, 64
+
+
+@functools.cache
+def gemm_samples() -> list[tuple[int, int, Recorded]]:
+    """Launches of CUTLASS's cooperative kernel, 128 x 256 x 64, on one cluster of two CTAs"""
+    tile_m, tile_n, tile_k = GEMM_TILE
     library = build(
         "cutlass_gemm.cu", "--expt-relaxed-constexpr", "-DNDEBUG", f"-I{cutlass_headers()}",
         f"-I{cutlass_headers().parent / 'tools' / 'util' / 'include'}", f"-DTILE_M={tile_m}", f"-DTILE_N={tile_n}",
@@ -166,19 +170,23 @@ def gemm_row(**changes: float) -> Row:
             a, b = torch.randn(m, k).bfloat16(), torch.randn(n, k).bfloat16()
             c = torch.empty(m, n, dtype=torch.bfloat16)
             with recording() as launches:
-                device.check(functions.gemm_run(device.pointer(a), device.pointer(b), device.pointer(c), m, n, k, 2))
+                device.check(functions.gemm_run(*map(device.pointer, (a, b, c)), m, n, k, 2))
             count = m * n // (2 * tile_m * tile_n)
             samples.append((count, count * k // tile_k, launches[0]))
-    lengths = [size // tile_k] * (size * size // (2 * tile_m * tile_n))
-    stage = tiles.Stage("gemm", samples, lengths, gemm_shares(size, size, size, tile_m, tile_n), slots=SMS // 2)
+    return samples
+
+
+def gemm_stage(m: int, n: int, k: int) -> tiles.Stage:
+    tile_m, tile_n, tile_k = GEMM_TILE
+    lengths = [-(-k // tile_k)] * (-(-m // (2 * tile_m)) * -(-n // tile_n))
+    return tiles.Stage("gemm", gemm_samples(), lengths, gemm_shares(m, n, k, tile_m, tile_n), slots=SMS // 2)
+
+
+def gemm_row(**changes: float) -> Row:
+    size = 8192
     published = 2 * size**3 / GEMM_TFLOPS / 1e6
-    return Row(
-        "CUTLASS GEMM, bfloat16",
-        "8192 x 8192 x 8192",
-        stage.microseconds(POWER_LIMIT_MHZ, **changes),
-        published,
-        held_out=True,
-    )
+    predicted = gemm_stage(size, size, size).microseconds(POWER_LIMIT_MHZ, **changes)
+    return Row("CUTLASS GEMM, bfloat16", "8192 x 8192 x 8192", predicted, published, held_out=True)
 
 
 def gemm_shares(m: int, n: int, k: int, tile_m: int, tile_n: int) -> dict[str, float]:
@@ -207,8 +215,6 @@ def calibrate(peer: str | None) -> tuple[list[Row], list[str]]:
         left.append("FlashAttention-3: --peer names no checkout")
         return rows, left
     stages = Fa3Stages(FlashAttention3(peer))
-    from .units import PARAMETERS
-
     best = fit(stages)
     if best != PARAMETERS[FITTED]:
         left.append(f"units.py has {FITTED} = {PARAMETERS[FITTED]}, the fit says {best}")

@@ -12,7 +12,7 @@ from pathlib import Path
 # The order is that of src/timing/sass.hpp's Op.
 OPERATIONS = (
     "control fma fma_heavy alu xu uniform branch shuffle shared_load shared_store global_load global_store atomic hgmma "
-    "warpgroup_arrive warpgroup_wait barrier mbarrier_arrive mbarrier_wait mbarrier_other tma_load tma_store tma_commit "
+    "warpgroup_arrive warpgroup_wait barrier mbarrier_arrive mbarrier_wait mbarrier_init tma_load tma_store tma_commit "
     "async_copy async_commit async_wait mma constant_load fence exit special registers local"
 ).split()
 
@@ -30,7 +30,7 @@ MNEMONICS = {
     "LDL": "local", "STL": "local", "ATOM": "atomic", "RED": "atomic", "ATOMG": "atomic",
     "HGMMA": "hgmma", "QGMMA": "hgmma", "IGMMA": "hgmma", "WARPGROUP.ARRIVE": "warpgroup_arrive",
     "WARPGROUP.DEPBAR": "warpgroup_wait", "HMMA": "mma", "IMMA": "mma", "QMMA": "mma",
-    "BAR.": "barrier", "ARRIVES": "mbarrier_arrive", "SYNCS.ARRIVE": "mbarrier_arrive", "SYNCS.PHASECHK": "mbarrier_wait", "SYNCS": "mbarrier_other",
+    "BAR.": "barrier", "ARRIVES": "mbarrier_arrive", "SYNCS.ARRIVE": "mbarrier_arrive", "SYNCS.PHASECHK": "mbarrier_wait", "SYNCS.EXCH": "mbarrier_init",
     "UTMALDG": "tma_load", "UBLKCP": "tma_load", "UTMASTG": "tma_store", "UTMAREDG": "tma_store", "UBLKRED": "tma_store",
     "UTMACMDFLUSH": "tma_commit", "UTMAPF": "control", "UTMACCTL": "control",
     "LDC": "constant_load", "MEMBAR.ALL.GPU": "fence", "MEMBAR.SC.GPU": "fence", "MEMBAR.SC.SYS": "fence",

@@ -47,6 +47,7 @@ PARAMETERS = {
     "tma_issue": 33,  # FlashGPU-Sim
     "tma_interval": 33,  # the same: one bulk copy after another
     "tma_latency": 175,  # so that two 16-KiB loads on every SM land after 1,280 cycles from L2 (FlashGPU-Sim)
+    "l1_latency": 39,  # FlashGPU-Sim
     "l2_latency": 260,  # FlashGPU-Sim
     "dram_latency": 254,  # FlashGPU-Sim
     "l2_read_bytes": None,  # of L2_BYTES_PER_S, an SM's share
