@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from benchmarks/results/, so that no number there is typed by hand.
+"""Writes the tables of README.md from benchmarks/results/, so that no number there is typed by hand.
 
     python benchmarks/report.py [--check | --draw]
 
@@ -12,6 +12,7 @@ import re
 import statistics
 from pathlib import Path
 
+from clock_tables import calibration, predictions
 from measured import bench_tables, draw, profile_tables, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +78,8 @@ TABLES = {
     "families": families,
     "bench": bench_tables,
     "profile": profile_tables,
+    "clock-predictions": predictions,
+    "clock-calibration": calibration,
 }
 
 

@@ -1,0 +1,152 @@
+"""Our kernels as stages for the simulator's clock: recorded in small launches, at the size that is asked for."""
+
+import functools
+from unittest import mock
+
+import torch
+
+from gptkernels import hardware, simulator
+
+assert simulator.cuda_unavailable() is None, simulator.cuda_unavailable()
+
+from ptxemu import timing  # noqa: E402
+from ptxemu.timing import tiles  # noqa: E402
+from ptxemu.timing.calibrate import gemm_shares  # noqa: E402
+from ptxemu.timing.units import SMS  # noqa: E402
+
+from gptkernels.ops.attention import cuda_kernels, triton_kernels, triton_launch  # noqa: E402
+from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
+from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
+from gptkernels.ops.mlp import cuda_kernels as mlp_kernels  # noqa: E402
+
+BF16 = torch.bfloat16
+
+
+def launches_of(call, sms: int = 1) -> list[timing.Recorded]:
+    """What `call` launches on a device with so many SMs"""
+    with (
+        simulator.use(90, 0),
+        mock.patch.object(hardware, "sm_count", return_value=sms),
+        timing.recording() as launches,
+    ):
+        call()
+    return launches
+
+
+def attention_tile(head_dim: int, backward: bool) -> tuple[int, int]:
+    """Rows that a tile of csrc/attention owns, rows of the blocks it visits"""
+    if backward:
+        return {64: (128, 128), 128: (128, 64), 256: (64, 64)}[head_dim]
+    return {64: (192, 128), 128: (128, 128), 256: (128, 80)}[head_dim]
+
+
+@functools.cache
+def attention_launches(
+    backend: str, tokens: int, heads: int, head_dim: int, causal: bool, window: int | None, backward: bool
+) -> list[timing.Recorded]:
+    q, k, v, out, dout = (torch.randn(1, heads, tokens, head_dim, dtype=BF16) for _ in range(5))
+    module = cuda_kernels if backend == "cuda" else triton_kernels
+    options = (None, None, None, causal, window, head_dim**-0.5, 0.0)
+    if not backward:
+        return launches_of(lambda: module.attention_fwd(q, k, v, *options))
+    lse = torch.full((1, heads, tokens), 3.0)
+    return launches_of(lambda: module.attention_bwd(dout, q, k, v, out, lse, *options, False))
+
+
+def attention(
+    tokens: int, heads: int, head_dim: int, causal: bool = True, window: int | None = None, backward: bool = False
+) -> list[tiles.Stage]:
+    """heads: of all sequences"""
+    own, other = attention_tile(head_dim, backward)
+
+    def record(tokens: int, heads: int, launch: int = int(backward)) -> timing.Recorded:
+        return attention_launches("cuda", tokens, heads, head_dim, causal, window, backward)[launch]
+
+    options = {"causal": causal, "window": window, "backward": backward}
+    main = tiles.attention_stage("main", record, tokens, heads, head_dim, own, other, **options)
+    if not backward:
+        return [main]
+    count = 4 if window is None else 8
+    before, after = (
+        tiles.streaming(
+            name,
+            [(count * own * h // 64, record(count * own, h, launch)) for h in (2, 4)],
+            tokens * heads // 64,
+        )
+        for name, launch in (("before", 0), ("after", 2))
+    )
+    return [before, main, after]
+
+
+def triton_attention(
+    tokens: int, heads: int, head_dim: int, causal: bool = True, window: int | None = None, backward: bool = False
+) -> list[tiles.Stage]:
+    def stage(kernel: str, launch: int) -> tiles.Stage:
+        row = triton_launch.launch_row(kernel, 90, 2, head_dim, True)
+        own, other = row["BLOCK_M"], row["BLOCK_N"]
+        if kernel == "dkdv":
+            own, other = other, own
+
+        def record(tokens: int, heads: int) -> timing.Recorded:
+            found = attention_launches("triton", tokens, heads, head_dim, causal, window, backward)
+            return next(r for r in found if kernel in r.kernel)
+
+        options = {"causal": causal, "window": window, "backward": kernel == "dkdv"}
+        return tiles.attention_stage(kernel, record, tokens, heads, head_dim, own, other, **options)
+
+    return [stage("dkdv", 1), stage("dq", 2)] if backward else [stage("fwd", 0)]
+
+
+@functools.cache
+def product_launch(rows: int, columns: int, depth: int, activation: str) -> timing.Recorded:
+    x, weight = torch.randn(rows, depth, dtype=BF16), torch.randn(columns, depth, dtype=BF16)
+    bias, out = torch.randn(columns, dtype=BF16), torch.empty(rows, columns, dtype=BF16)
+    preact = None if activation == "none" else torch.empty_like(out)
+    call = functools.partial(mlp_kernels.fused_linear, x, weight, bias, activation=activation, preact=preact, out=out)
+    return launches_of(call, sms=2)[0]
+
+
+def product(rows: int, columns: int, depth: int, activation: str = "none") -> list[tiles.Stage]:
+    """out = activation(x @ weight.T + bias), the value before the activation kept too. A cluster's tile: 256 x 128"""
+    samples = []
+    for m, n, k in ((512, 512, 512), (1024, 512, 512), (512, 512, 2048)):
+        count = m * n // (256 * 128)
+        samples.append((count, count * k // 64, product_launch(m, n, k, activation)))
+    count = -(-rows // 256) * -(-columns // 128)
+    lengths = [-(-depth // 64)] * count
+    return [tiles.Stage("product", samples, lengths, gemm_shares(rows, columns, depth, 128, 128), slots=SMS // 2)]
+
+
+@functools.cache
+def layer_norm_launches(rows: int, columns: int, backward: bool, sms: int = 1) -> list[timing.Recorded]:
+    x, weight, bias = torch.randn(rows, columns, dtype=BF16), torch.ones(columns), torch.zeros(columns)
+    if not backward:
+        return launches_of(lambda: layer_norm_kernels.layer_norm_fwd(x, None, weight, bias, None, 1e-5, 0.0), sms)
+    mean, rstd = torch.zeros(rows), torch.ones(rows)
+    call = functools.partial(layer_norm_kernels.layer_norm_bwd, x, None, x, weight, mean, rstd, None, 0.0, True, True)
+    return launches_of(call, sms)
+
+
+def layer_norm(rows: int, columns: int, backward: bool = False) -> list[tiles.Stage]:
+    main = tiles.streaming("rows", [(few, layer_norm_launches(few, columns, backward)[0]) for few in (64, 256)], rows)
+    if not backward:
+        return [main]
+    # The sums over the rows of each CTA, of as many CTAs as the GPU holds.
+    few = [(n // 16, layer_norm_launches(SMS * 8, n, True, SMS)[1]) for n in (256, 512)]
+    sums = tiles.streaming("sums", few, columns // 16)
+    sums.shares = {"dram_read_share": 0.0}
+    return [main, sums]
+
+
+@functools.cache
+def loss_launch(rows: int, vocabulary: int) -> timing.Recorded:
+    logits, targets = torch.randn(rows, vocabulary, dtype=BF16), torch.zeros(rows, dtype=torch.int64)
+    losses, lse, scale = torch.empty(rows), torch.empty(rows), torch.ones(())
+    return launches_of(lambda: loss_kernels.chunk_loss(logits, targets, losses, lse, scale, -100, True))[0]
+
+
+def cross_entropy(rows: int, vocabulary: int) -> list[tiles.Stage]:
+    """The loss and its gradient in place of the logits: read twice, the second time from L2"""
+    stage = tiles.streaming("rows", [(few, loss_launch(few, vocabulary)) for few in (4, 12)], rows)
+    stage.shares = {"dram_read_share": 0.5}
+    return [stage]
