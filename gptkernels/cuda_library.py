@@ -30,7 +30,9 @@ def load_file(path: Path) -> ModuleType:
     # Under a name of its own: of a name that it has seen, pybind11 hands out the module it made before.
     unique = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     loader = ExtensionFileLoader(f"gptkernels.library_{unique}._cuda", str(path))
-    module = importlib.util.module_from_spec(ModuleSpec(loader.name, loader, origin=str(path)))
+    spec = ModuleSpec(loader.name, loader, origin=str(path))
+    spec.has_location = True  # the module then has a __file__
+    module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
 
