@@ -2,7 +2,7 @@
 
 One parameter is fitted, to one column: FlashAttention-3's causal forward pass at head size 128. HBM's efficiency is that of
 a copy. Everything else is held out. Which parameter to fit was chosen with the causal forward pass at head size 64 in sight;
-the forward pass without a mask, the backward pass and the product were looked at only afterwards.
+the forward pass without a mask, the backward pass and the product were not used to choose or fit it.
 """
 
 import ctypes

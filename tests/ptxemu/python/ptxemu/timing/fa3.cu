@@ -53,6 +53,7 @@ static Flash_bwd_params parameters(const Call& call) {
 }
 
 extern "C" __attribute__((visibility("default"))) int fa3_run(const Call* call) {
+    cudaFree(nullptr);  // binds a context to this thread, which encoding a tensor map needs
     Flash_bwd_params params = parameters(*call);
 #ifdef FA3_FORWARD
     run_flash_fwd<90, FA3_HEAD_DIM, FA3_HEAD_DIM, 1, Element, Element, FA3_CAUSAL, false, false, false, false, false, false,

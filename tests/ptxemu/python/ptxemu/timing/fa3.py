@@ -1,6 +1,7 @@
 """FlashAttention-3's own kernels, built from a checkout of flash-attention and recorded."""
 
 import ctypes
+import hashlib
 import os
 import subprocess
 from pathlib import Path
@@ -41,7 +42,8 @@ class FlashAttention3:
             )
 
     def library(self, backward: bool, head_dim: int, causal: bool) -> Path:
-        name = f"fa3_{'bwd' if backward else 'fwd'}_hd{head_dim}_{'causal' if causal else 'full'}.so"
+        built_from = hashlib.sha256(Path(__file__).with_name("fa3.cu").read_bytes()).hexdigest()[:8]
+        name = f"fa3_{'bwd' if backward else 'fwd'}_hd{head_dim}_{'causal' if causal else 'full'}_{built_from}.so"
         path = self.hopper / "build-clock" / name
         if path.exists():
             return path
