@@ -412,3 +412,12 @@ def test_explain_says_why():
     choice = gk.explain(attention, *torch.randn(3, 1, 2, 8, 64), backend="triton")
     assert choice.backend is None
     assert "not cpu" in choice.reasons["triton"]
+
+
+@pytest.mark.parametrize("steepness", [3, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steep_scores(dtype, steepness):
+    """Scores of many times the usual size, on the CPU, whose kernel is PyTorch's fused one."""
+    q, k, v = torch.randn(3, 1, 2, 128, 64).unbind(0)
+    tensors = {name: x.to(dtype).requires_grad_() for name, x in (("q", q * steepness), ("k", k), ("v", v))}
+    assert_parity(attention, reference.attention, tensors)
