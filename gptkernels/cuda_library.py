@@ -91,7 +91,7 @@ def unsupported(device: torch.device, only_arch: int | None = None) -> str | Non
     return missing() or driver_too_old()
 
 
-@torch.compiler.assume_constant_result
+@hardware.constant_under_compile
 def driver_too_old() -> str | None:
     return _driver_too_old()
 
