@@ -30,8 +30,7 @@ def save(path: Path, state: dict) -> None:
     optimizer = state.get("optimizer", {"state": {}, "param_groups": []})
     tensors = {MODEL + name: x for name, x in state.get("model", {}).items()}
     tensors |= {f"{OPTIMIZER}{name}.{key}": x for name, parts in optimizer["state"].items() for key, x in parts.items()}
-    # safetensors takes no two names for one memory.
-    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     rest = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
     rest |= {"format": FORMAT, "param_groups": optimizer["param_groups"]}
     metadata = {"state": json.dumps(rest), "checksums": json.dumps({name: digest(x) for name, x in tensors.items()})}

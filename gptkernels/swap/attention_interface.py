@@ -53,8 +53,10 @@ def register(fallback: str | None = None) -> None:
     AttentionMaskInterface.register(NAME, gptkernels_mask)
 
 
-def is_registered() -> bool:
-    return NAME in AttentionInterface._global_mapping
+def ensure_registered() -> None:
+    """Without touching what the user has registered it with."""
+    if NAME not in AttentionInterface._global_mapping:
+        register()
 
 
 def gptkernels_mask(

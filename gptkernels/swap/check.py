@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..bench.memory import kept_for_backward, storage_bytes
+from ..files import write_text
 from .accelerate import accelerate
 from .modules import Foreign
 
@@ -64,7 +65,7 @@ def run(options: Namespace) -> int:
     print_costs(console, costs, f"{device.type}, {name_of(dtype)}, {shape_of(model)}")
     if options.json:
         result = {"findings": [asdict(f) for f in findings], "costs": {name: asdict(c) for name, c in costs.items()}}
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(options.json, json.dumps(result, indent=1) + "\n")
     return int(any(finding.share > 1 for finding in findings))
 
 

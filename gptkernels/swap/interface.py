@@ -166,8 +166,7 @@ def switch(modules: dict[str, nn.Module], configs: dict[int, Any]) -> Callable[[
 
     from . import attention_interface
 
-    if not attention_interface.is_registered():
-        attention_interface.register()
+    attention_interface.ensure_registered()
     memo: dict[int, Any] = {}
     before = []
     for module in modules.values():

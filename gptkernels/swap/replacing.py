@@ -69,7 +69,6 @@ def rebuilt(cls: type, families: tuple[str, ...]) -> nn.Module:
     if cls.__module__.startswith("transformers."):
         from . import attention_interface
 
-        if not attention_interface.is_registered():
-            attention_interface.register()
+        attention_interface.ensure_registered()
     new: Any = replaced_class(cls, families)
     return new.__new__(new)
