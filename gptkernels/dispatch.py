@@ -2,7 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
@@ -10,6 +12,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 import torch
 
 from .hardware import arch
+from .remembered import Memory, likeness
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,16 +45,18 @@ class Choice:
         return "\n".join(lines + [f"  {backend}: {reason}" for backend, reason in self.reasons.items()])
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Call(Generic[R]):
-    """A call whose arguments have been checked: what decides where it runs, and what then runs it."""
+    """A call of an op, in the steps that it is made in."""
 
     op: str
     backends: dict[str, ModuleType]
     backend: str  # as the caller named it
-    device: torch.device
-    arguments: tuple  # what every backend's unsupported() takes
-    run: Callable[[ModuleType], R]
+    # Raises for what no backend takes. Not repeated for a call like one that has passed, so it reads no values.
+    check: Callable[[], None]
+    # The first one a tensor: what every backend's unsupported() takes, and `run` after the backend.
+    arguments: Callable[[], tuple]
+    run: Callable[..., R]
 
 
 class Op(Protocol[P, R_co]):
@@ -63,17 +68,49 @@ class Op(Protocol[P, R_co]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
-def op(prepare: Callable[P, Call[R]]) -> Op[P, R]:
-    """Makes a public op of a function that checks its arguments and says how to run the call."""
+def op(native: Callable[..., Any] | None = None) -> Callable[[Callable[P, Call[R]]], Op[P, R]]:
+    """Makes a public op of a function that says in which steps to run a call.
+
+    native: PyTorch's own op for the calls where nothing is gained over it, without the steps, which would take as long
+    as a small op. It gets what the caller passed; other calls it answers by NotImplemented, or by PyTorch's own error.
+    """
+
+    def make(prepare: Callable[P, Call[R]]) -> Op[P, R]:
+        return public_op(prepare, native)
+
+    return make
+
+
+def public_op(prepare: Callable[P, Call[R]], native: Callable[..., R] | None) -> Op[P, R]:
+    decided = Memory()
 
     @functools.wraps(prepare)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # once, and torch asks from then on whether a call is like this one
+            call = prepare(*args, **kwargs)
+            arguments = checked(call)
+            return call.run(select(call, arguments), *arguments)
+        if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
                 f"{prepare.__name__}: the transforms of torch.func (grad, vmap, jvp) are not supported, only autograd"
             )
+        recorded = _recorded.get()
+        if native is not None and recorded is None:
+            try:
+                result = native(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            except (RuntimeError, TypeError):
+                pass  # our own checks say what is wrong
         call = prepare(*args, **kwargs)
-        return call.run(select(call))
+        key = likeness((*args, *kwargs, *kwargs.values()))
+        kernels = decided.get(key)
+        arguments = checked(call) if kernels is None else call.arguments()
+        if kernels is None:
+            decided.keep(key, kernels := select(call, arguments))
+        if recorded is not None:
+            recorded.append((call.op, arguments))
+        return call.run(kernels, *arguments)
 
     signature = inspect.signature(prepare)
     (result,) = signature.return_annotation.__args__
@@ -83,6 +120,27 @@ def op(prepare: Callable[P, Call[R]]) -> Op[P, R]:
     return public
 
 
+def checked(call: Call[Any]) -> tuple:
+    """-> its arguments"""
+    call.check()
+    return call.arguments()
+
+
+# (op, arguments) of each call in this context, where someone wants them
+_recorded: ContextVar[list[tuple[str, tuple]] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[str, tuple]]]:
+    """Notes every call of an op inside, in this thread: (op, what its backend got)."""
+    calls: list[tuple[str, tuple]] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
+
+
 def candidates(op: str, device: torch.device, backend: str) -> tuple[str, ...]:
     if backend != "auto":
         return (backend,)
@@ -90,24 +148,24 @@ def candidates(op: str, device: torch.device, backend: str) -> tuple[str, ...]:
     return ("eager",) if device.type == "cpu" else ORDER.get((op, arch(device)), BACKENDS)
 
 
-def choose(call: Call[Any]) -> tuple[str | None, dict[str, str]]:
+def choose(call: Call[Any], arguments: tuple) -> tuple[str | None, dict[str, str]]:
     """-> the backend that runs the call, or None, and why those before it do not"""
     if call.backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, not {call.backend!r}")
     reasons = {}
-    for name in candidates(call.op, call.device, call.backend):
+    for name in candidates(call.op, arguments[0].device, call.backend):
         if name not in call.backends:
             reasons[name] = f"{call.op} has no such kernels"
             continue
-        reason = call.backends[name].unsupported(*call.arguments)
+        reason = call.backends[name].unsupported(*arguments)
         if reason is None:
             return name, reasons
         reasons[name] = reason
     return None, reasons
 
 
-def select(call: Call[Any]) -> ModuleType:
-    name, reasons = choose(call)
+def select(call: Call[Any], arguments: tuple) -> ModuleType:
+    name, reasons = choose(call, arguments)
     if name is None:
         raise UnsupportedError(
             f"{call.op}: no backend supports this call\n"
@@ -122,6 +180,7 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
     if prepare is None:
         raise TypeError(f"explain takes an op of gptkernels, not {op!r}")
     call = prepare(*args, **kwargs)
-    name, reasons = choose(call)
+    arguments = checked(call)
+    name, reasons = choose(call, arguments)
     describe = getattr(call.backends[name], "describe", None) if name else None
-    return Choice(call.op, name, reasons, describe(*call.arguments) if describe else "")
+    return Choice(call.op, name, reasons, describe(*arguments) if describe else "")

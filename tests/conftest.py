@@ -37,6 +37,14 @@ def pytest_cmdline_main(config):
             option.dist = "worksteal"
 
 
+@pytest.fixture(autouse=True)
+def decisions_are_made_again():
+    """Tests change launch tables and what backends there are."""
+    from gptkernels import remembered
+
+    remembered.forget()
+
+
 def worker_count() -> int:
     """One to a core, as far as the memory goes: each holds torch, transformers and a few models."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

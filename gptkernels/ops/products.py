@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# The attribute of a weight whose gradient is added to a tensor: that tensor
+SUM = "gptkernels_gradient_sum"
+
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
     """total: (N, K), float32 or of the operands' dtype, += a @ b: (N, M), (M, K), whose product is not rounded before

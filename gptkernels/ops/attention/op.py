@@ -17,7 +17,7 @@ HEAD_SIZES = range(1, 257)
 SMALLEST_HEAD = 16
 
 
-@op
+@op()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -50,22 +50,24 @@ def attention(
     window, for which that takes torch.use_deterministic_algorithms(True).
     """
     q, k, v = autocast(q, k, v)
-    check_heads(q, k, v, packed=cu_seqlens is not None)
-    check_options(q, causal, window, scale, dropout)
-    check_lengths(q, k, key_start, cu_seqlens)
-    longest = max(q.shape[-2], k.shape[-2]) if cu_seqlens is None else q.shape[0]
-    window = None if window is None or window >= longest else window
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = (key_start, cu_seqlens, causal, window, scale, float(dropout))
-    head_size = q.shape[-1]
-    q, k, v = (padded_head(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k, v))
-    arguments = (q, k, v, *options)
 
-    def run(kernels):
+    def check():
+        check_heads(q, k, v, packed=cu_seqlens is not None)
+        check_options(q, causal, window, scale, dropout)
+        check_lengths(q, k, key_start, cu_seqlens)
+
+    def arguments():
+        check_documents(q, cu_seqlens)
+        longest = max(q.shape[-2], k.shape[-2]) if cu_seqlens is None else q.shape[0]
+        width = None if window is None or window >= longest else window
+        factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        return *padded_heads(q, k, v), key_start, cu_seqlens, causal, width, factor, float(dropout)
+
+    def run(kernels, *arguments):
         out = AttentionFunction.apply(kernels, *arguments)
-        return out if head_size >= SMALLEST_HEAD else out[..., :head_size]
+        return out if out.shape == q.shape else out[..., : q.shape[-1]]
 
-    return Call("attention", BACKENDS, backend, q.device, arguments, run)
+    return Call("attention", BACKENDS, backend, check, arguments, run)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -87,9 +89,11 @@ class AttentionFunction(torch.autograd.Function):
         return None, *first_order_only("attention", grads, (dout, q, k, v)), None, None, None, None, None, None
 
 
-def padded_head(x: Tensor) -> Tensor:
-    """x: (..., D) -> (..., at least SMALLEST_HEAD)"""
-    return x if x.shape[-1] >= SMALLEST_HEAD else F.pad(x, (0, SMALLEST_HEAD - x.shape[-1]))
+def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(..., D) -> (..., at least SMALLEST_HEAD), the last dimension contiguous"""
+    dense = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    missing = SMALLEST_HEAD - dense[0].shape[-1]
+    return dense if missing <= 0 else tuple(F.pad(x, (0, missing)) for x in dense)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str] = ("k", "v")) -> None:
@@ -143,5 +147,11 @@ def check_lengths(q: Tensor, k: Tensor, key_start, cu_seqlens) -> None:
     checks.check_tensor("cu_seqlens", cu_seqlens, dtypes=(torch.int32,), ndim=1, device=q.device)
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have at least 1 element (documents + 1), not 0")
-    if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
+
+
+def check_documents(q: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Of values that are at hand; the launchers look at others."""
+    if cu_seqlens is None or torch.compiler.is_compiling():
+        return
+    if cu_seqlens.device.type == "cpu" and type(cu_seqlens) is Tensor:
         checks.check_bounds(cu_seqlens, q.shape[0])

@@ -11,7 +11,7 @@ from .outputs import bwd_outputs, fwd_outputs
 MAX_COLUMNS = 65536
 
 
-def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor) -> str | None:
+def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, *_) -> str | None:
     if x.shape[-1] > MAX_COLUMNS:
         return f"takes rows of up to {MAX_COLUMNS} elements, not {x.shape[-1]}"
     return cuda_library.unsupported(x.device)

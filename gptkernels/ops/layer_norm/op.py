@@ -9,11 +9,12 @@ from .. import checks
 from ..dropout import draw_seed
 from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
+from .native import native_add_layer_norm, native_layer_norm
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 
 
-@op
+@op(native=native_layer_norm)
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto"
 ) -> Call[Tensor]:
@@ -23,17 +24,21 @@ def layer_norm(
     Parameters have x's dtype or float32. Rows may have any stride; an x whose rows are not evenly spaced, or whose
     last dimension is not contiguous, is copied once.
     """
-    check_rows("x", x)
-    check_parameters(x, weight, bias, eps)
 
-    def run(kernels):
-        parameters = weight.contiguous(), None if bias is None else bias.contiguous()
-        return LayerNormFunction.apply(kernels, as_rows(x), *parameters, float(eps)).view(x.shape)
+    def check():
+        check_rows("x", x)
+        check_parameters(x, weight, bias, eps)
 
-    return Call("layer_norm", BACKENDS, backend, x.device, (x, None, weight), run)
+    def arguments():
+        return as_rows(x), None, weight.contiguous(), None if bias is None else bias.contiguous(), float(eps), 0.0
+
+    def run(kernels, rows, _, weight, bias, eps, dropout):
+        return LayerNormFunction.apply(kernels, rows, weight, bias, eps).view(x.shape)
+
+    return Call("layer_norm", BACKENDS, backend, check, arguments, run)
 
 
-@op
+@op(native=native_add_layer_norm)
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -49,19 +54,23 @@ def add_layer_norm(
     x, residual: (..., N), weight, bias: (N,). The normalised output has x's dtype, h has residual's: x's or float32
     (a float32 residual stream under bfloat16 layers). dropout is applied whenever it is > 0: pass 0.0 in evaluation.
     """
-    check_rows("x", x)
-    checks.check_tensor("residual", residual, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
-    checks.check_shape("residual", residual, x.shape, "x's shape")
-    check_parameters(x, weight, bias, eps)
-    checks.check_number("dropout", dropout, at_least=0, below=1)
 
-    def run(kernels):
+    def check():
+        check_rows("x", x)
+        checks.check_tensor("residual", residual, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
+        checks.check_shape("residual", residual, x.shape, "x's shape")
+        check_parameters(x, weight, bias, eps)
+        checks.check_number("dropout", dropout, at_least=0, below=1)
+
+    def arguments():
         parameters = weight.contiguous(), None if bias is None else bias.contiguous()
-        rows = as_rows(x), as_rows(residual)
-        y, h = AddLayerNormFunction.apply(kernels, *rows, *parameters, float(eps), float(dropout))
+        return as_rows(x), as_rows(residual), *parameters, float(eps), float(dropout)
+
+    def run(kernels, *arguments):
+        y, h = AddLayerNormFunction.apply(kernels, *arguments)
         return y.view(x.shape), h.view(x.shape)
 
-    return Call("add_layer_norm", BACKENDS, backend, x.device, (x, residual, weight), run)
+    return Call("add_layer_norm", BACKENDS, backend, check, arguments, run)
 
 
 def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:

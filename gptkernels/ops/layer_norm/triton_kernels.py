@@ -308,7 +308,7 @@ def launch_row(table: dict, columns: int) -> dict:
     }
 
 
-def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor) -> str | None:
+def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, *_) -> str | None:
     if x.shape[-1] > MAX_COLUMNS:
         return f"takes rows of up to {MAX_COLUMNS} elements, not {x.shape[-1]}"
     return hardware.triton_unsupported(x.device)

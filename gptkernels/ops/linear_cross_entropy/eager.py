@@ -6,7 +6,7 @@ from torch import Tensor
 from . import chunks
 
 
-def unsupported(x: Tensor, weight: Tensor) -> str | None:
+def unsupported(x: Tensor, weight: Tensor, *_) -> str | None:
     return None
 
 

@@ -14,7 +14,7 @@ BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@op
+@op()
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -33,20 +33,24 @@ def linear_cross_entropy(
     Targets are checked to be in 0 ... V - 1 (or ignore_index) on the CPU, and on a GPU if GPTKERNELS_CHECKED=1 is set
     (it waits for the GPU); unchecked, a target out of range gives a loss of NaN.
     """
-    check_tensors(x, weight, targets)
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit targets' int64, not {ignore_index}")
 
-    def run(kernels):
+    def check():
+        check_tensors(x, weight, targets)
+        checks.check_choice("reduction", reduction, REDUCTIONS)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+        if not -(2**63) <= ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit targets' int64, not {ignore_index}")
+
+    def arguments():
         operands = as_rows(x), weight.contiguous(), targets.reshape(-1).contiguous()
-        dtype = autocast_dtype(x.device) or x.dtype
-        loss = LinearCrossEntropyFunction.apply(kernels, *operands, ignore_index, reduction, dtype)
+        return *operands, ignore_index, reduction, autocast_dtype(x.device) or x.dtype
+
+    def run(kernels, *arguments):
+        loss = LinearCrossEntropyFunction.apply(kernels, *arguments)
         return loss.view(targets.shape) if reduction == "none" else loss
 
-    return Call("linear_cross_entropy", BACKENDS, backend, x.device, (x, weight), run)
+    return Call("linear_cross_entropy", BACKENDS, backend, check, arguments, run)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):

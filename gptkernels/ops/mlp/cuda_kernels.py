@@ -18,7 +18,15 @@ CLUSTER = 2
 MAX_ROWS = 1 << 30
 
 
-def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
+def unsupported(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    residual: Tensor | None,
+    *_,
+) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {x.dtype}"
     sizes = x.shape[-1], *fc_weight.shape[:1], *proj_weight.shape[:1]
@@ -28,7 +36,7 @@ def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Ten
         return f"takes up to {MAX_ROWS} rows"
     tensors = {"x": x, "fc_weight": fc_weight, "proj_weight": proj_weight, "residual": residual}
     for name, tensor in tensors.items():
-        # What is not contiguous in its last dimension was going to be copied anyway.
+        # Weights that lie in memory as (in, out) are copied anyway.
         reason = None if tensor is None or tensor.stride(-1) != 1 else cuda_library.not_addressable(tensor)
         if reason:
             return f"{name} {reason}"

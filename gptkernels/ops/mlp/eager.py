@@ -25,7 +25,15 @@ BACKWARD = {
 }
 
 
-def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
+def unsupported(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    residual: Tensor | None,
+    *_,
+) -> str | None:
     return None
 
 

@@ -7,8 +7,10 @@ from ...dispatch import Call, UnsupportedError, op
 from ...torch_library import first_order_only
 from .. import checks
 from ..autocast import autocast
+from ..products import SUM
 from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
+from .native import native_mlp
 from .outputs import is_transposed
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
@@ -16,7 +18,7 @@ ACTIVATIONS = tuple(eager.FORWARD)
 SAVE = ("all", "preact", "input")
 
 
-@op
+@op(native=native_mlp)
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -35,29 +37,35 @@ def mlp(
     residual: (..., d_out) -> (..., d_out). Biases may be None.
     activation: gelu_tanh (GPT-2's), gelu (exact), relu, relu2 (squared), silu.
     save: what is kept for backward beside x: "all" (the hidden layer before and after the activation), "preact" (only
-        before), "input" (neither: the first product is computed again).
+        before), "input" (neither: the first product is computed again). On a CPU, where making the activation again
+        takes longer than it is worth, "preact" is "all", which is what PyTorch's own ops keep.
     float32 products follow torch.get_float32_matmul_precision(). Under autocast everything is cast to its dtype. An x
     whose rows are not evenly spaced, or whose last dimension is not contiguous, is copied once.
     Weights may be views (out, in) of matrices (in, out), and their gradients then are, too. Few rows take them as they
     are; many rows copy them for a fused kernel.
     """
-    sums = sum_of("fc_weight", fc_weight), sum_of("proj_weight", proj_weight)
+    weights = fc_weight, proj_weight
     x, fc_weight, fc_bias, proj_weight, proj_bias, residual = autocast(
         x, fc_weight, fc_bias, proj_weight, proj_bias, residual
     )
-    check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual)
-    checks.check_choice("activation", activation, ACTIVATIONS)
-    checks.check_choice("save", save, SAVE)
 
-    def run(kernels):
+    def check():
+        check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual)
+        checks.check_choice("activation", activation, ACTIVATIONS)
+        checks.check_choice("save", save, SAVE)
+
+    def arguments():
         rows = None if residual is None else as_rows(residual)
-        weights = [w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight)]
-        biases = [None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias)]
-        parameters = weights[0], biases[0], weights[1], biases[1]
-        out = MlpFunction.apply(kernels, as_rows(x), *parameters, rows, activation, save, sums)
+        fc, proj = (w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight))
+        fc_row, proj_row = (None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias))
+        return as_rows(x), fc, fc_row, proj, proj_row, rows, activation, save
+
+    def run(kernels, *arguments):
+        sums = sum_of("fc_weight", weights[0]), sum_of("proj_weight", weights[1])
+        out = MlpFunction.apply(kernels, *arguments, sums)
         return out.view(*x.shape[:-1], proj_weight.shape[0])
 
-    return Call("mlp", BACKENDS, backend, x.device, (x, fc_weight, proj_weight, residual), run)
+    return Call("mlp", BACKENDS, backend, check, arguments, run)
 
 
 class MlpFunction(torch.autograd.Function):
@@ -80,9 +88,6 @@ class MlpFunction(torch.autograd.Function):
         grads.append(dout if ctx.needs_input_grad[6] else None)
         sources = (dout, x, fc_weight, fc_bias, proj_weight)
         return None, *first_order_only("mlp", tuple(grads), sources), None, None, None
-
-
-SUM = "gptkernels_gradient_sum"
 
 
 def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:

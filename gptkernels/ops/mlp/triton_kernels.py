@@ -50,11 +50,19 @@ def is_fused(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> bool:
     return narrow and not copies_cost_more(x, fc_weight, proj_weight)
 
 
-def unsupported(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str | None:
+def unsupported(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    residual: Tensor | None,
+    *_,
+) -> str | None:
     return hardware.triton_unsupported(x.device)
 
 
-def describe(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, residual: Tensor | None) -> str:
+def describe(x: Tensor, fc_weight: Tensor, fc_bias, proj_weight: Tensor, *_) -> str:
     return "fused epilogues" if is_fused(x, fc_weight, proj_weight) else "cuBLAS and a fused pointwise pass"
 
 

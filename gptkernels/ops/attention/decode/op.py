@@ -6,14 +6,14 @@ from torch import Tensor
 from ....dispatch import Call, op
 from ... import checks
 from ...autocast import autocast
-from ..op import SMALLEST_HEAD, check_heads, check_scale, check_window, padded_head
+from ..op import check_heads, check_scale, check_window, padded_heads
 from . import eager, triton_kernels
 
 BACKENDS = {"triton": triton_kernels, "eager": eager}
 MAX_TOKENS = 16
 
 
-@op
+@op()
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -38,24 +38,28 @@ def decode_attention(
     checked on CPU tensors only; on a GPU they are clamped to what the cache may hold.
     """
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
-    check_heads(q, k_cache, v_cache, packed=False, names=("k_cache", "v_cache"))
-    check_window(window)
-    check_scale(scale)
-    check_cache(q, k_cache, lengths, window)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
-        raise ValueError("q, k_cache and v_cache must not require gradients (decode_attention has none): use no_grad()")
-    if window is not None and window > k_cache.shape[2]:
-        window = None
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    head_size = q.shape[-1]
-    q, k_cache, v_cache = (padded_head(x if x.stride(-1) == 1 else x.contiguous()) for x in (q, k_cache, v_cache))
-    arguments = (q, k_cache, v_cache, lengths, window, scale)
 
-    def run(kernels):
+    def check():
+        check_heads(q, k_cache, v_cache, packed=False, names=("k_cache", "v_cache"))
+        check_window(window)
+        check_scale(scale)
+        check_cache(q, k_cache, lengths, window)
+
+    def arguments():
+        check_values(lengths, k_cache, window)
+        if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+            raise ValueError(
+                "q, k_cache and v_cache must not require gradients (decode_attention has none): use no_grad()"
+            )
+        width = None if window is None or window > k_cache.shape[2] else window
+        factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        return *padded_heads(q, k_cache, v_cache), lengths, width, factor
+
+    def run(kernels, *arguments):
         out = kernels.decode_attention_fwd(*arguments)
-        return out if head_size >= SMALLEST_HEAD else out[..., :head_size]
+        return out if out.shape == q.shape else out[..., : q.shape[-1]]
 
-    return Call("decode_attention", BACKENDS, backend, q.device, arguments, run)
+    return Call("decode_attention", BACKENDS, backend, check, arguments, run)
 
 
 def check_cache(q: Tensor, k_cache: Tensor, lengths: Tensor, window: int | None) -> None:
@@ -69,5 +73,9 @@ def check_cache(q: Tensor, k_cache: Tensor, lengths: Tensor, window: int | None)
         )
     checks.check_tensor("lengths", lengths, dtypes=(torch.int32,), ndim=1, device=q.device)
     checks.check_shape("lengths", lengths, q.shape[:1], "q's batch")
-    if lengths.device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
-        checks.check_cache_lengths(lengths, capacity, window)
+
+
+def check_values(lengths: Tensor, k_cache: Tensor, window: int | None) -> None:
+    """Of lengths that are at hand; the launchers look at others."""
+    if not torch.compiler.is_compiling() and lengths.device.type == "cpu" and type(lengths) is Tensor:
+        checks.check_cache_lengths(lengths, k_cache.shape[2], window)

@@ -1,0 +1,47 @@
+"""PyTorch's own op for the calls where nothing is gained over it: those in float32 on a CPU. It gets what the caller
+passed, which may be anything, and answers NotImplemented where it is something else."""
+
+import math
+
+import torch
+
+from ..native import PLAIN
+
+
+def is_native(x, weight, bias, eps, backend) -> bool:
+    """What is left to PyTorch to refuse: shapes, layouts, and parameters of other dtypes."""
+    return (
+        type(x) in PLAIN
+        and x.is_cpu
+        and x.dtype is torch.float32
+        and x.numel() > 0
+        and type(weight) in PLAIN
+        and weight.is_cpu
+        and weight.ndim == 1
+        and (bias is None or (type(bias) in PLAIN and bias.is_cpu))
+        and type(eps) is float
+        and 0 < eps < math.inf
+        and type(backend) is str
+        and backend in ("auto", "eager")
+    )
+
+
+def native_layer_norm(x=None, weight=None, bias=None, *, eps=1e-5, backend="auto"):
+    if not is_native(x, weight, bias, eps, backend):
+        return NotImplemented
+    return torch.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def native_add_layer_norm(x=None, residual=None, weight=None, bias=None, *, eps=1e-5, dropout=0.0, backend="auto"):
+    if (
+        not is_native(x, weight, bias, eps, backend)
+        or type(residual) not in PLAIN
+        or not residual.is_cpu
+        or residual.dtype is not torch.float32
+        or residual.shape != x.shape
+        or type(dropout) is not float
+        or dropout != 0
+    ):
+        return NotImplemented
+    h = x + residual
+    return torch.layer_norm(h, weight.shape, weight, bias, eps), h

@@ -1,0 +1,60 @@
+"""What was decided for a call holds for every call like it.
+
+Calls are alike when everything about them is the same but the values in their tensors: shapes, strides, dtypes,
+devices, alignment, all other arguments, and the modes of torch that change what a call means.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import hardware
+
+# Of one memory: a training run has a dozen, generation over many lengths some more.
+MOST_REMEMBERED = 4096
+SCALARS = (int, float, bool, str)
+
+_memories: list["Memory"] = []
+
+
+class Memory(dict[Any, Any]):
+    """likeness(...) -> what was decided"""
+
+    def __init__(self):
+        _memories.append(self)
+
+    def keep(self, key: tuple | None, decided: Any) -> None:
+        if key is not None:
+            if len(self) >= MOST_REMEMBERED:
+                self.clear()
+            self[key] = decided
+
+
+def forget() -> None:
+    """For whoever changes what decisions rest on: launch tables, the order of backends, the library."""
+    for memory in _memories:
+        memory.clear()
+
+
+def likeness(values: Iterable) -> tuple | None:
+    """What a call with these arguments has in common with those like it, or None where that cannot be told."""
+    key: list[Any] = [hardware.simulated_arch]
+    try:
+        for value in values:
+            kind = type(value)
+            if kind is Tensor or kind is Parameter:
+                key.append((value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16))
+            elif value is None or kind is torch.dtype:
+                key.append(value)
+            elif kind in SCALARS:
+                key.append((kind, value))  # 1, 1.0 and True are equal, and not the same to a check
+            else:
+                return None
+    except RuntimeError:  # a tensor without strides or an address
+        return None
+    if torch._C._is_any_autocast_enabled():
+        key += [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return tuple(key)
