@@ -4,8 +4,9 @@ Calls are alike when everything about them is the same but the values in their t
 devices, alignment, all other arguments, and the modes of torch that change what a call means.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,24 @@ class Memory(dict[Any, Any]):
             if len(self) >= MOST_REMEMBERED:
                 self.clear()
             self[key] = decided
+
+
+F = TypeVar("F", bound=Callable)
+
+
+def remembered(function: F) -> F:
+    """For functions that decide by the likeness of their arguments alone, and hold on to none of them."""
+    memory = Memory()
+
+    @functools.wraps(function)
+    def recall(*arguments):
+        key = likeness(arguments)
+        decided = memory.get(key) if key is not None else None
+        if decided is None:
+            memory.keep(key, decided := function(*arguments))
+        return decided
+
+    return cast(F, recall)
 
 
 def forget() -> None:

@@ -36,14 +36,16 @@ def cuda_unavailable() -> str | None:
 
 
 @contextmanager
-def use(arch: int = 90, seed: int = 0):
+def use(arch: int = 90, seed: int = 0, idle: bool = False):
     """Triton and the CUDA library run on CPU tensors, as `arch`, on a schedule drawn from `seed`. Yields ptxemu's
-    Triton driver, whose `last_launch.stats` count what the last Triton kernel did."""
+    Triton driver, whose `last_launch.stats` count what the last Triton kernel did. idle: kernels are launched, and do
+    nothing: what a call takes is then the host's time."""
     import ptxemu
     from ptxemu import triton_driver
 
     saved = hardware.simulated_arch, cuda_library.around_launch
     driver = triton_driver.install(arch=arch, seed=seed)
+    driver.idle = idle
     hardware.simulated_arch = arch
     try:
         if cuda_unavailable():
@@ -51,8 +53,8 @@ def use(arch: int = 90, seed: int = 0):
         else:
             import ptxemu.cuda
 
-            with ptxemu.cuda.use(seed=seed):
-                cuda_library.around_launch = lambda tensors: ptxemu.registered(*tensors)
+            with ptxemu.cuda.use(seed=seed, idle=idle):
+                cuda_library.around_launch = None if idle else lambda tensors: ptxemu.registered(*tensors)
                 yield driver
     finally:
         hardware.simulated_arch, cuda_library.around_launch = saved

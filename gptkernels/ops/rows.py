@@ -14,5 +14,7 @@ def check_rows(name: str, x: Tensor) -> None:
 
 def as_rows(x: Tensor) -> Tensor:
     """(..., N) -> (M, N) with a contiguous last dimension: a view where the layout allows it, else one copy."""
+    if x.ndim == 2 and (x.stride(1) == 1 or x.shape[1] == 1):
+        return x
     rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()

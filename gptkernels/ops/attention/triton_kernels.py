@@ -5,7 +5,9 @@ from torch import Tensor, empty_like
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import cuda_library, hardware
+from ...remembered import remembered
 from ...torch_library import torch_op
+from ...triton_calls import Launch, of_tensor
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
 from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
@@ -42,14 +44,18 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return 0, x.stride(1), x.stride(0)
 
 
-def shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout):
-    """What all kernels take. -> pointers or stand-ins (key_start, cu_seqlens, seed), sizes, flags"""
+def pointers(q: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """With q in place of those that are absent: kernels do not read them"""
+    return tuple(q if x is None else x for x in tensors)
+
+
+def shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout):
+    """What all kernels take. -> sizes, flags"""
     packed = cu_seqlens is not None
     rows, keys = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
     documents = cu_seqlens.shape[0] - 1 if packed else 0
     window = None if window is None else min(window, rows + keys)
     d1, d2 = head_parts(q.shape[-1], q.element_size())
-    pointers = [q if x is None else x for x in (key_start, cu_seqlens, seed)]
     sizes = (rows, keys, documents, window or 0, scale * LOG2E, threshold(dropout), 1 / (1 - dropout))
     flags = {
         "CAUSAL": causal,
@@ -61,7 +67,7 @@ def shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, d
         "D1": d1,
         "D2": d2,
     }
-    return pointers, sizes, flags
+    return sizes, flags
 
 
 def addressable(*tensors: Tensor) -> bool:
@@ -69,16 +75,26 @@ def addressable(*tensors: Tensor) -> bool:
     return all(x.numel() > 0 and not cuda_library.not_addressable(x) for x in tensors)
 
 
-def descriptors(x: Tensor, launch: dict, block: str) -> tuple[TensorDescriptor, ...] | None:
-    """x: (B, H, T, D) or packed (T, H, D), loaded in blocks of launch[block] tokens
+def descriptors(x: Tensor, row: dict, block: str) -> tuple[TensorDescriptor, ...] | None:
+    """x: (B, H, T, D) or packed (T, H, D), loaded in blocks of row[block] tokens
     -> with TMA, one for each part of the head"""
-    if not launch["TMA"]:
+    if not row["TMA"]:
         return None
     shape = x.shape if x.dim() == 4 else (1, x.shape[1], x.shape[0], x.shape[2])
     # The stride of a dimension of size 1 is never used, and may be one that TMA does not take.
     steps = [stride if size > 1 else 8 for size, stride in zip(shape, strides(x), strict=False)]
     parts = [part for part in head_parts(x.shape[-1], x.element_size()) if part]
-    return tuple(TensorDescriptor(x, shape, [*steps, 1], [1, 1, launch[block], part]) for part in parts)
+    return tuple(TensorDescriptor(x, shape, [*steps, 1], [1, 1, row[block], part]) for part in parts)
+
+
+def templates(made: tuple[TensorDescriptor, ...] | None) -> tuple[TensorDescriptor, ...] | None:
+    """The same without the tensor, which must not be kept"""
+    return None if made is None else tuple(of_tensor(descriptor, None) for descriptor in made)
+
+
+def described(templates: tuple[TensorDescriptor, ...] | None, x: Tensor) -> tuple[TensorDescriptor, ...] | None:
+    """The same of a tensor like the one that they were made of"""
+    return None if templates is None else tuple(of_tensor(template, x) for template in templates)
 
 
 def grid_arguments(x: Tensor, cu_seqlens: Tensor | None, block: int, bytes_per_head: int):
@@ -116,32 +132,23 @@ def attention_fwd(
     out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
     if q.numel() == 0:
         return out, lse
-    pointers, sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout)
-    launch = launch_row("fwd", hardware.arch(q.device), q.element_size(), q.shape[-1], addressable(k, v))
-    group = q.shape[1] // k.shape[1]
-    programs, grid = grid_arguments(q, cu_seqlens, launch["BLOCK_M"], bytes_of_head(k) // group)
+    launch, k_parts, v_parts = fwd_launch(q, k, v, out, key_start, cu_seqlens, causal, window, scale, dropout)
+    variables = pointers(q, key_start, cu_seqlens, seed)
     with hardware.on_device(q.device):
-        attention_fwd_kernel[(programs,)](
-            q,
-            k,
-            v,
-            descriptors(k, launch, "BLOCK_N"),
-            descriptors(v, launch, "BLOCK_N"),
-            out,
-            lse,
-            *pointers,
-            *strides(q),
-            *strides(k),
-            *strides(v),
-            *strides(out),
-            *grid,
-            q.shape[1],
-            group,
-            *sizes,
-            **flags,
-            **launch,
-        )
+        launch(q, k, v, described(k_parts, k), described(v_parts, v), out, lse, *variables)
     return out, lse
+
+
+@remembered
+def fwd_launch(q, k, v, out, key_start, cu_seqlens, causal, window, scale, dropout):
+    """-> the launch, and descriptors of k and v where it takes them"""
+    sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
+    row = launch_row("fwd", hardware.arch(q.device), q.element_size(), q.shape[-1], addressable(k, v))
+    group = q.shape[1] // k.shape[1]
+    programs, grid = grid_arguments(q, cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
+    scalars = (*strides(q), *strides(k), *strides(v), *strides(out), *grid, q.shape[1], group, *sizes)
+    launch = Launch(attention_fwd_kernel, (programs,), scalars, **flags, **row)
+    return launch, *(templates(descriptors(x, row, "BLOCK_N")) for x in (k, v))
 
 
 @torch_op(fake=bwd_outputs)
@@ -172,64 +179,38 @@ def attention_bwd(
         return grads
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = empty_like(lse)
-    pointers, sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, seed, causal, window, scale, dropout)
-    arch, group = hardware.arch(q.device), q.shape[1] // k.shape[1]
+    like = dout, q, k, v, out, *grads, key_start, cu_seqlens, causal, window, scale, dropout
+    variables = pointers(q, key_start, cu_seqlens, seed)
     with hardware.on_device(q.device):
-        # Padding and other documents' tokens may be anything, and TMA would bring them in.
-        may = key_start is None and cu_seqlens is None and addressable(k, v)
-        launch = launch_row("dq", arch, q.element_size(), q.shape[-1], may)
-        programs, grid = grid_arguments(q, cu_seqlens, launch["BLOCK_M"], bytes_of_head(k) // group)
-        attention_bwd_dq_kernel[(programs,)](
-            dout,
-            q,
-            k,
-            v,
-            descriptors(k, launch, "BLOCK_N"),
-            descriptors(v, launch, "BLOCK_N"),
-            out,
-            lse,
-            delta,
-            dq,
-            *pointers,
-            *strides(dout),
-            *strides(q),
-            *strides(k),
-            *strides(v),
-            *strides(out),
-            *strides(dq),
-            *grid,
-            q.shape[1],
-            group,
-            *sizes,
-            **flags,
-            **launch,
-        )
-        may = cu_seqlens is None and addressable(dout, q)
-        launch = launch_row("dkdv", arch, q.element_size(), q.shape[-1], may)
-        programs, grid = grid_arguments(k, cu_seqlens, launch["BLOCK_N"], bytes_of_head(q) * group)
-        attention_bwd_dkdv_kernel[(programs,)](
-            dout,
-            q,
-            k,
-            v,
-            descriptors(dout, launch, "BLOCK_M"),
-            descriptors(q, launch, "BLOCK_M"),
-            lse,
-            delta,
-            dk,
-            dv,
-            *pointers,
-            *strides(dout),
-            *strides(q),
-            *strides(k),
-            *strides(v),
-            *strides(dk),
-            *strides(dv),
-            *grid,
-            k.shape[1],
-            group,
-            *sizes,
-            **flags,
-            **launch,
-        )
+        launch, k_parts, v_parts = dq_launch(*like)
+        launch(dout, q, k, v, described(k_parts, k), described(v_parts, v), out, lse, delta, dq, *variables)
+        launch, dout_parts, q_parts = dkdv_launch(*like)
+        launch(dout, q, k, v, described(dout_parts, dout), described(q_parts, q), lse, delta, dk, dv, *variables)
     return grads
+
+
+@remembered
+def dq_launch(dout, q, k, v, out, dq, dk, dv, key_start, cu_seqlens, causal, window, scale, dropout):
+    """-> the launch, and descriptors of k and v where it takes them"""
+    sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
+    # Padding and other documents' tokens may be anything, and TMA would bring them in.
+    may = key_start is None and cu_seqlens is None and addressable(k, v)
+    row = launch_row("dq", hardware.arch(q.device), q.element_size(), q.shape[-1], may)
+    group = q.shape[1] // k.shape[1]
+    programs, grid = grid_arguments(q, cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
+    steps = [step for x in (dout, q, k, v, out, dq) for step in strides(x)]
+    launch = Launch(attention_bwd_dq_kernel, (programs,), (*steps, *grid, q.shape[1], group, *sizes), **flags, **row)
+    return launch, *(templates(descriptors(x, row, "BLOCK_N")) for x in (k, v))
+
+
+@remembered
+def dkdv_launch(dout, q, k, v, out, dq, dk, dv, key_start, cu_seqlens, causal, window, scale, dropout):
+    """-> the launch, and descriptors of dout and q where it takes them"""
+    sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
+    may = cu_seqlens is None and addressable(dout, q)
+    row = launch_row("dkdv", hardware.arch(q.device), q.element_size(), q.shape[-1], may)
+    group = q.shape[1] // k.shape[1]
+    programs, grid = grid_arguments(k, cu_seqlens, row["BLOCK_N"], bytes_of_head(q) * group)
+    steps = [step for x in (dout, q, k, v, dk, dv) for step in strides(x)]
+    launch = Launch(attention_bwd_dkdv_kernel, (programs,), (*steps, *grid, k.shape[1], group, *sizes), **flags, **row)
+    return launch, *(templates(descriptors(x, row, "BLOCK_M")) for x in (dout, q))

@@ -18,7 +18,7 @@ def fwd_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual: (M, N) -> y: (M, N) in x's dtype, h: (M, N) in residual's, mean, rstd: (M,) in float32"""
     rows, columns = x.shape
-    y = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if residual is None:
         h = torch.empty((0,), dtype=x.dtype, device=x.device)
     else:

@@ -6,7 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import hardware
+from ...remembered import remembered
 from ...torch_library import torch_op
+from ...triton_calls import Launch
 from ..dropout import threshold
 from ..triton_dropout import kept
 from .outputs import bwd_outputs, fwd_outputs
@@ -326,12 +328,11 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, residual: (M, N), weight, bias: (N,), seed: (1,) -> y, h = dropout(x) + residual: (M, N), mean, rstd: (M,)"""
     outputs = y, h, mean, rstd = fwd_outputs(x, residual, weight, bias, seed, eps, dropout)
-    rows, columns = x.shape
-    if rows == 0:
+    if x.shape[0] == 0:
         return outputs
-    launch = launch_row(FWD_LAUNCH, columns)
+    launch = fwd_launch(x, residual, weight, bias, eps, dropout)
     with hardware.on_device(x.device):
-        layer_norm_fwd_kernel[(triton.cdiv(rows, launch["ROWS"]),)](
+        launch(
             x,
             x if residual is None else residual,
             weight,
@@ -341,19 +342,26 @@ def layer_norm_fwd(
             h,
             mean,
             rstd,
-            rows,
-            columns,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            eps,
-            threshold(dropout),
-            1 / (1 - dropout),
-            HAS_RESIDUAL=residual is not None,
-            HAS_BIAS=bias is not None,
-            HAS_DROPOUT=dropout > 0,
-            **launch,
         )
     return outputs
+
+
+@remembered
+def fwd_launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dropout: float
+) -> Launch:
+    rows, columns = x.shape
+    row = launch_row(FWD_LAUNCH, columns)
+    residual_stride = 0 if residual is None else residual.stride(0)
+    return Launch(
+        layer_norm_fwd_kernel,
+        (triton.cdiv(rows, row["ROWS"]),),
+        (rows, columns, x.stride(0), residual_stride, eps, threshold(dropout), 1 / (1 - dropout)),
+        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        HAS_DROPOUT=dropout > 0,
+        **row,
+    )
 
 
 @torch_op(fake=bwd_outputs)
@@ -373,17 +381,14 @@ def layer_norm_bwd(
     outputs = grad_h, grad_x, grad_weight, grad_bias = bwd_outputs(
         dy, dh, h, weight, mean, rstd, seed, dropout, weight_grad, bias_grad
     )
-    rows, columns = h.shape
-    if rows == 0:
+    if h.shape[0] == 0:
         grad_weight.zero_(), grad_bias.zero_()
         return outputs
-    launch = launch_row(BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH, columns)
-    programs = min(triton.cdiv(rows, launch["ROWS"]), 4 * hardware.sm_count(h.device))
-    has_partials = weight_grad or bias_grad
-    allocate = torch.empty if launch["WHOLE_ROW"] else torch.zeros
-    partials = allocate((2, programs, columns) if has_partials else (0,), dtype=torch.float32, device=h.device)
+    launch, reduce, partials_shape = bwd_launches(dy, dh, h, weight, dropout, weight_grad, bias_grad)
+    allocate = torch.empty if launch.constants["WHOLE_ROW"] else torch.zeros
+    partials = allocate(partials_shape, dtype=torch.float32, device=h.device)
     with hardware.on_device(h.device):
-        layer_norm_bwd_kernel[(programs,)](
+        launch(
             dy,
             dy if dh is None else dh,
             h,
@@ -394,28 +399,38 @@ def layer_norm_bwd(
             grad_h,
             grad_x,
             partials,
-            rows,
-            columns,
-            dy.stride(0),
-            0 if dh is None else dh.stride(0),
-            h.stride(0),
-            threshold(dropout),
-            1 / (1 - dropout),
-            HAS_DH=dh is not None,
-            HAS_GRAD_X=grad_x.numel() > 0,
-            HAS_DROPOUT=dropout > 0,
-            HAS_PARTIALS=has_partials,
-            **launch,
         )
-        if has_partials:
-            layer_norm_bwd_reduce_kernel[(triton.cdiv(columns, REDUCE_LAUNCH["BLOCK_N"]),)](
-                partials,
-                grad_weight,
-                grad_bias,
-                programs,
-                columns,
-                HAS_WEIGHT=weight_grad,
-                HAS_BIAS=bias_grad,
-                **REDUCE_LAUNCH,
-            )
+        if weight_grad or bias_grad:
+            reduce(partials, grad_weight, grad_bias)
     return outputs
+
+
+@remembered
+def bwd_launches(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, dropout: float, weight_grad: bool, bias_grad: bool
+) -> tuple[Launch, Launch, tuple[int, ...]]:
+    """-> of the gradients and of the sum over the programs' partial ones, and the shape of those"""
+    rows, columns = h.shape
+    row = launch_row(BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH, columns)
+    programs = min(triton.cdiv(rows, row["ROWS"]), 4 * hardware.sm_count(h.device))
+    has_partials = weight_grad or bias_grad
+    dh_stride = 0 if dh is None else dh.stride(0)
+    gradients = Launch(
+        layer_norm_bwd_kernel,
+        (programs,),
+        (rows, columns, dy.stride(0), dh_stride, h.stride(0), threshold(dropout), 1 / (1 - dropout)),
+        HAS_DH=dh is not None,
+        HAS_GRAD_X=dropout > 0 or dy.dtype != h.dtype,
+        HAS_DROPOUT=dropout > 0,
+        HAS_PARTIALS=has_partials,
+        **row,
+    )
+    reduce = Launch(
+        layer_norm_bwd_reduce_kernel,
+        (triton.cdiv(columns, REDUCE_LAUNCH["BLOCK_N"]),),
+        (programs, columns),
+        HAS_WEIGHT=weight_grad,
+        HAS_BIAS=bias_grad,
+        **REDUCE_LAUNCH,
+    )
+    return gradients, reduce, (2, programs, columns) if has_partials else (0,)
