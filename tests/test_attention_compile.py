@@ -1,6 +1,8 @@
 """Every launch-table row of attention compiles for each architecture: no spills, shared memory within limits, and the
 matrix instructions meant. No GPU."""
 
+import itertools
+
 import pytest
 import torch
 from compile_gate import SHARED_LIMIT, assert_within_limits, compiled_launches
@@ -104,6 +106,17 @@ def test_decode(arch, head_size):
     assert {compiled.kernel for compiled in launches} == kernels
     for compiled in launches:
         assert_within_limits(compiled)
+
+
+def test_decode_compiles_once():
+    """A conversation waits for no kernel after the first: whatever the batch, tokens, capacity, window and splits."""
+    sizes = itertools.product((1, 3, 8), (1, 2, 5, 16), (40, 4096), (None, 24))
+    with compiled_launches(90) as launches:
+        for batch, tokens, capacity, window in sizes:
+            q, cache = torch.empty(batch, 8, tokens, 64).half(), torch.empty(batch, 2, capacity, 64).half()
+            decode_kernels.decode_attention_fwd(q, cache, cache, torch.empty(batch, dtype=torch.int32), window, 0.1)
+    assert len({launch.ptx for launch in launches}) == 2
+    assert len(launches) > 48
 
 
 def test_rows_are_powers_of_two():

@@ -5,6 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import hardware
+from ...remembered import remembered
+from ...triton_calls import Launch
 from . import chunks
 
 
@@ -69,22 +71,25 @@ def unsupported(x: Tensor, weight: Tensor, *_) -> str | None:
 
 def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:
     """See chunks.ChunkLoss."""
-    block, warps = next(row for longest, row in LAUNCH.items() if logits.shape[1] <= longest)
+    launch = row_launch(logits, targets, losses, lse, scale, ignore_index, with_grad)
     with hardware.on_device(logits.device):
-        cross_entropy_kernel[(logits.shape[0],)](
-            logits,
-            targets,
-            losses,
-            lse,
-            scale,
-            logits.shape[1],
-            logits.stride(0),
-            0 if scale.ndim == 0 else scale.stride(0),
-            ignore_index,
-            WITH_GRAD=with_grad,
-            BLOCK=block,
-            num_warps=warps,
-        )
+        launch(logits, targets, losses, lse, scale)
+
+
+@remembered
+def row_launch(logits, targets, losses, lse, scale, ignore_index, with_grad) -> Launch:
+    """Of a chunk, whose rows start anywhere in targets, losses and lse"""
+    rows, vocabulary = logits.shape
+    block, warps = next(row for longest, row in LAUNCH.items() if vocabulary <= longest)
+    scale_stride = 0 if scale.ndim == 0 else scale.stride(0)
+    return Launch(
+        cross_entropy_kernel,
+        (rows,),
+        (vocabulary, logits.stride(0), scale_stride, ignore_index),
+        WITH_GRAD=with_grad,
+        BLOCK=block,
+        num_warps=warps,
+    )
 
 
 linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.launchers(chunk_loss, __name__)

@@ -6,7 +6,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import hardware
+from ...remembered import remembered
 from ...torch_library import torch_op
+from ...triton_calls import Launch, of_tensor
 from .eager import linear, other_grads
 from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
@@ -87,9 +89,16 @@ def takes_tma(*matrices: Tensor) -> bool:
     )
 
 
-def operand(matrix: Tensor, tma: bool, rows: int, columns: int):
+def described(matrix: Tensor, tma: bool, rows: int, columns: int) -> TensorDescriptor | None:
+    """For tiles of rows x columns, of no tensor yet; None: load_tile takes the matrix itself"""
+    if not tma:
+        return None
+    return of_tensor(TensorDescriptor(matrix, matrix.shape, matrix.stride(), [rows, columns]), None)
+
+
+def operand(template: TensorDescriptor | None, matrix: Tensor):
     """What load_tile takes for `matrix`."""
-    return TensorDescriptor(matrix, matrix.shape, matrix.stride(), [rows, columns]) if tma else matrix
+    return matrix if template is None else of_tensor(template, matrix)
 
 
 def gemm_grid(launch: dict, M: int, N: int, device: torch.device) -> tuple[int]:
@@ -108,30 +117,37 @@ def fused_linear(
 ) -> None:
     """out: (M, N) = activation(x @ weight.T + bias) + residual; preact: (M, N) = x @ weight.T + bias.
     x: (M, K), weight: (N, K), bias: (N,), residual: (M, N)"""
-    (M, K), N = x.shape, weight.shape[0]
-    launch, tma = gemm_launch(GEMM_LAUNCH, x), takes_tma(x, weight)
+    launch, a, b = linear_launch(x, weight, bias, residual, preact, out, activation, precision(x.dtype))
     with hardware.on_device(x.device):
-        mlp_fwd_kernel[gemm_grid(launch, M, N, x.device)](
-            operand(x, tma, launch["BLOCK_M"], launch["BLOCK_K"]),
-            operand(weight, tma, launch["BLOCK_N"], launch["BLOCK_K"]),
+        launch(
+            operand(a, x),
+            operand(b, weight),
             weight if bias is None else bias,
             out if residual is None else residual,
             out if preact is None else preact,
             out,
-            M,
-            N,
-            K,
-            x.stride(0),
-            weight.stride(0),
-            0 if residual is None else residual.stride(0),
-            ACTIVATION=activation,
-            HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None,
-            HAS_PREACT=preact is not None,
-            TMA=tma,
-            PRECISION=precision(x.dtype),
-            **launch,
         )
+
+
+@remembered
+def linear_launch(x, weight, bias, residual, preact, out, activation, precision):
+    """-> the launch, and descriptors of x and weight where it takes them"""
+    (M, K), N = x.shape, weight.shape[0]
+    row, tma = gemm_launch(GEMM_LAUNCH, x), takes_tma(x, weight)
+    launch = Launch(
+        mlp_fwd_kernel,
+        gemm_grid(row, M, N, x.device),
+        (M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        HAS_PREACT=preact is not None,
+        TMA=tma,
+        PRECISION=precision,
+        **row,
+    )
+    k = row["BLOCK_K"]
+    return launch, described(x, tma, row["BLOCK_M"], k), described(weight, tma, row["BLOCK_N"], k)
 
 
 def fused_grad_preact(
@@ -139,62 +155,73 @@ def fused_grad_preact(
 ) -> tuple[Tensor, Tensor | None]:
     """-> dout @ proj_weight * activation'(preact): (M, N), and its column sums in parts: (P, N). act: (M, N) is filled.
     dout: (M, K), proj_weight: (K, N), preact: (M, N)"""
-    (M, K), N = dout.shape, proj_weight.shape[1]
-    launch, tma = gemm_launch(GEMM_BWD_LAUNCH, dout), takes_tma(dout, proj_weight)
-    grad = torch.empty((M, N), dtype=dout.dtype, device=dout.device)
-    parts = (triton.cdiv(M, launch["BLOCK_M"]), N)
+    wants = activation, act is not None, wants_partials, precision(dout.dtype)
+    launch, a, b, parts = grad_preact_launch(dout, proj_weight, preact, *wants)
+    grad = torch.empty(preact.shape, dtype=dout.dtype, device=dout.device)
     partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None
     with hardware.on_device(dout.device):
-        mlp_bwd_kernel[gemm_grid(launch, M, N, dout.device)](
-            operand(dout, tma, launch["BLOCK_M"], launch["BLOCK_K"]),
-            operand(proj_weight, tma, launch["BLOCK_K"], launch["BLOCK_N"]),
+        launch(
+            operand(a, dout),
+            operand(b, proj_weight),
             preact,
             grad if act is None else act,
             grad,
             grad if partials is None else partials,
-            M,
-            N,
-            K,
-            dout.stride(0),
-            proj_weight.stride(0),
-            ACTIVATION=activation,
-            HAS_ACT=act is not None,
-            HAS_PARTIALS=wants_partials,
-            TMA=tma,
-            PRECISION=precision(dout.dtype),
-            **launch,
         )
     return grad, partials
 
 
+@remembered
+def grad_preact_launch(dout, proj_weight, preact, activation, has_act, wants_partials, precision):
+    """-> the launch, descriptors of dout and proj_weight where it takes them, the shape of the partial sums"""
+    (M, K), N = dout.shape, proj_weight.shape[1]
+    row, tma = gemm_launch(GEMM_BWD_LAUNCH, dout), takes_tma(dout, proj_weight)
+    launch = Launch(
+        mlp_bwd_kernel,
+        gemm_grid(row, M, N, dout.device),
+        (M, N, K, dout.stride(0), proj_weight.stride(0)),
+        ACTIVATION=activation,
+        HAS_ACT=has_act,
+        HAS_PARTIALS=wants_partials,
+        TMA=tma,
+        PRECISION=precision,
+        **row,
+    )
+    k = row["BLOCK_K"]
+    templates = described(dout, tma, row["BLOCK_M"], k), described(proj_weight, tma, k, row["BLOCK_N"])
+    return launch, *templates, (triton.cdiv(M, row["BLOCK_M"]), N)
+
+
 def pointwise_activation(preact: Tensor, activation: str, act: Tensor) -> None:
     """act = activation(preact), both contiguous"""
-    grid = (triton.cdiv(preact.numel(), POINTWISE_LAUNCH["BLOCK"]),)
     with hardware.on_device(preact.device):
-        activation_fwd_kernel[grid](preact, act, preact.numel(), ACTIVATION=activation, **POINTWISE_LAUNCH)
+        pointwise_launch(preact, activation)(preact, act)
+
+
+@remembered
+def pointwise_launch(preact: Tensor, activation: str) -> Launch:
+    grid = (triton.cdiv(preact.numel(), POINTWISE_LAUNCH["BLOCK"]),)
+    return Launch(activation_fwd_kernel, grid, (preact.numel(),), ACTIVATION=activation, **POINTWISE_LAUNCH)
 
 
 def pointwise_grad_preact(
     grad: Tensor, preact: Tensor, activation: str, act: Tensor | None, wants_partials: bool
 ) -> Tensor | None:
     """grad: (M, N) is multiplied by activation'(preact) in place -> its column sums in parts: (P, N). act is filled."""
+    launch, parts = pointwise_bwd_launch(grad, preact, activation, act is not None, wants_partials)
+    partials = torch.empty(parts, dtype=torch.float32, device=grad.device) if wants_partials else None
+    with hardware.on_device(grad.device):
+        launch(grad, preact, grad if act is None else act, grad if partials is None else partials)
+    return partials
+
+
+@remembered
+def pointwise_bwd_launch(grad, preact, activation, has_act, wants_partials):
+    """-> the launch, the shape of the partial sums"""
     M, N = grad.shape
     grid = (triton.cdiv(M, POINTWISE_BWD_LAUNCH["ROWS"]), triton.cdiv(N, POINTWISE_BWD_LAUNCH["BLOCK_N"]))
-    partials = torch.empty((grid[0], N), dtype=torch.float32, device=grad.device) if wants_partials else None
-    with hardware.on_device(grad.device):
-        activation_bwd_kernel[grid](
-            grad,
-            preact,
-            grad if act is None else act,
-            grad if partials is None else partials,
-            M,
-            N,
-            ACTIVATION=activation,
-            HAS_ACT=act is not None,
-            HAS_PARTIALS=wants_partials,
-            **POINTWISE_BWD_LAUNCH,
-        )
-    return partials
+    flags = {"ACTIVATION": activation, "HAS_ACT": has_act, "HAS_PARTIALS": wants_partials}
+    return Launch(activation_bwd_kernel, grid, (M, N), **flags, **POINTWISE_BWD_LAUNCH), (grid[0], N)
 
 
 @torch_op(fake=fwd_outputs)

@@ -6,7 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .... import hardware
+from ....remembered import remembered
 from ....torch_library import torch_op
+from ....triton_calls import Launch
 from ..outputs import decode_outputs
 from ..triton_blocks import add_weighted, inner_products, zeros_head
 from ..triton_launch import head_parts
@@ -44,14 +46,20 @@ def store_rows(ptr, offsets, mask, part1, part2, D: tl.constexpr, D1: tl.constex
         tl.store(ptr + offsets[:, None] + column, part2.to(element), mask=mask[:, None] & (column < D))
 
 
-@triton.jit
+# A window that hides no key
+UNBOUNDED = tl.constexpr(1 << 30)
+
+
+# One kernel serves every batch, number of tokens, capacity and window: none of them is waited for in a conversation.
+@triton.jit(do_not_specialize=["batch", "heads", "group", "tokens", "capacity", "window"])
 def decode_attention_fwd_kernel(
     q_ptr,  # (B, H, Tq, D)
     k_ptr,  # (B, Hkv, capacity, D)
     v_ptr,  # as k
     lengths_ptr,  # (B,) int32
-    out_ptr,  # (splits, B, H, Tq, D), each split's own result; with one split the result
-    lse_ptr,  # (splits, B, H, Tq) float32, in base 2; unused with one split
+    out_ptr,  # (B, H, Tq, D), written with one split
+    parts_ptr,  # (splits, B, H, Tq, D) float32, each split's own result, written with several
+    lse_ptr,  # (splits, B, H, Tq) float32, in base 2, written with several
     q_stride_b,
     q_stride_h,
     q_stride_t,
@@ -61,7 +69,6 @@ def decode_attention_fwd_kernel(
     v_stride_b,
     v_stride_h,
     v_stride_t,
-    out_stride_split,
     out_stride_b,
     out_stride_h,
     out_stride_t,
@@ -70,10 +77,8 @@ def decode_attention_fwd_kernel(
     group,
     tokens,
     capacity,
-    window,
+    window,  # UNBOUNDED: none
     scale,  # times log2(e)
-    WINDOWED: tl.constexpr,
-    SPLIT: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -89,13 +94,11 @@ def decode_attention_fwd_kernel(
     in_rows = row < group * tokens
     head, token = kv_head * group + row // tokens, row % tokens
     length = tl.maximum(tl.load(lengths_ptr + b), 0)
-    if not WINDOWED:
+    if window == UNBOUNDED:
         length = tl.minimum(length, capacity)
     position = length - tokens + token
 
-    first = length * 0
-    if WINDOWED:
-        first = tl.maximum(length - tokens - window + 1, 0)
+    first = tl.maximum(length - tokens - window + 1, 0)
     # Each split takes the same number of whole blocks.
     share = tl.cdiv(tl.cdiv(length - first, BLOCK_N), splits) * BLOCK_N
     start = first + split * share
@@ -112,9 +115,8 @@ def decode_attention_fwd_kernel(
         slot = (key % capacity).to(tl.int64)
         k1, k2 = load_rows(k_ptr, slot * k_stride_t, key < stop, D, D1, D2)
         scores = inner_products(q1, q2, k1, k2, D2)
-        seen = (key < stop)[None, :] & (key[None, :] <= position[:, None])
-        if WINDOWED:
-            seen = seen & (position[:, None] - key[None, :] < window)
+        distance = position[:, None] - key[None, :]
+        seen = (key < stop)[None, :] & (distance >= 0) & (distance < window)
         scores = tl.where(seen, scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -133,14 +135,17 @@ def decode_attention_fwd_kernel(
     sum1 = sum1 * inverse[:, None]
     if D2 > 0:
         sum2 = sum2 * inverse[:, None]
-    offsets = split.to(tl.int64) * out_stride_split + b * out_stride_b + head * out_stride_h + token * out_stride_t
-    store_rows(out_ptr, offsets, in_rows, sum1, sum2, D, D1, D2)
-    if SPLIT:
+    if splits == 1:
+        offsets = b * out_stride_b + head * out_stride_h + token * out_stride_t
+        store_rows(out_ptr, offsets, in_rows, sum1, sum2, D, D1, D2)
+    else:
+        part = ((split.to(tl.int64) * batch + b) * heads + head) * tokens + token
+        store_rows(parts_ptr, part * D, in_rows, sum1, sum2, D, D1, D2)
         lse = tl.where(sees_any, peak + tl.log2(total), -float("inf"))
-        tl.store(lse_ptr + ((split.to(tl.int64) * batch + b) * heads + head) * tokens + token, lse, mask=in_rows)
+        tl.store(lse_ptr + part, lse, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "tokens", "splits"])
 def decode_attention_combine_kernel(
     parts_ptr,  # (splits, B * H * Tq, D) float32
     lse_ptr,  # (splits, B * H * Tq) float32, in base 2
@@ -194,66 +199,56 @@ def decode_attention_fwd(
 ) -> Tensor:
     """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D)"""
     out = decode_outputs(q, k_cache, v_cache, lengths, window, scale)
-    (batch, heads, tokens, head_size), (_, kv_heads, capacity, _) = q.shape, k_cache.shape
-    if capacity == 0 or out.numel() == 0:
+    if k_cache.shape[2] == 0 or out.numel() == 0:
         return out.zero_()
+    fwd, combine, splits = launches(q, k_cache, v_cache, lengths, out, window, scale)
+    if splits == 1:
+        parts = lse = torch.empty((0,), dtype=torch.float32, device=q.device)
+    else:
+        parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+        lse = torch.empty((splits, *q.shape[:3]), dtype=torch.float32, device=q.device)
+    with hardware.on_device(q.device):
+        fwd(q, k_cache, v_cache, lengths, out, parts, lse)
+        if splits > 1:
+            combine(parts, lse, out)
+    return out
+
+
+@remembered
+def launches(q, k_cache, v_cache, lengths, out, window, scale) -> tuple[Launch, Launch, int]:
+    """-> of the splits of each row and of what combines them, the number of splits"""
+    (batch, heads, tokens, head_size), (_, kv_heads, capacity, _) = q.shape, k_cache.shape
     group = heads // kv_heads
     d1, d2 = head_parts(head_size, q.element_size())
     block_n, warps, stages = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
-    block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group * tokens)))
+    block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group)))
     row_tiles = triton.cdiv(group * tokens, block_m)
     # Lengths stay on the device: as many splits as the most keys there can be, and a full GPU, give work to.
     reach = capacity if window is None else min(capacity, window + tokens - 1)
     wanted = triton.cdiv(2 * hardware.sm_count(q.device), batch * kv_heads * row_tiles)
     splits = max(1, min(wanted, triton.cdiv(reach, 2 * block_n), MAX_SPLITS))
-    if splits == 1:
-        parts, lse, out_strides = out, lengths, (0, *out.stride()[:3])
-    else:
-        parts = torch.empty((splits, batch, heads, tokens, head_size), dtype=torch.float32, device=q.device)
-        lse = torch.empty((splits, batch, heads, tokens), dtype=torch.float32, device=q.device)
-        out_strides = parts.stride()[:4]
-    with hardware.on_device(q.device):
-        decode_attention_fwd_kernel[(batch * kv_heads, splits, row_tiles)](
-            q,
-            k_cache,
-            v_cache,
-            lengths,
-            parts,
-            lse,
-            *q.stride()[:3],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            *out_strides,
-            batch,
-            heads,
-            group,
-            tokens,
-            capacity,
-            window or 0,
-            scale * LOG2E,
-            WINDOWED=window is not None,
-            SPLIT=splits > 1,
-            D=head_size,
-            D1=d1,
-            D2=d2,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            STAGES=stages,
-            num_warps=warps,
-        )
-        if splits > 1:
-            decode_attention_combine_kernel[(batch * heads * tokens,)](
-                parts,
-                lse,
-                out,
-                *out.stride()[:3],
-                batch * heads * tokens,
-                heads,
-                tokens,
-                splits,
-                D=head_size,
-                BLOCK_D=triton.next_power_of_2(head_size),
-                BLOCK_SPLITS=triton.next_power_of_2(splits),
-                num_warps=4,
-            )
-    return out
+    strides = [stride for x in (q, k_cache, v_cache, out) for stride in x.stride()[:3]]
+    seen = UNBOUNDED.value if window is None else window
+    fwd = Launch(
+        decode_attention_fwd_kernel,
+        (batch * kv_heads, splits, row_tiles),
+        (*strides, batch, heads, group, tokens, capacity, seen, scale * LOG2E),
+        D=head_size,
+        D1=d1,
+        D2=d2,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=stages,
+        num_warps=warps,
+    )
+    rows = batch * heads * tokens
+    combine = Launch(
+        decode_attention_combine_kernel,
+        (rows,),
+        (*out.stride()[:3], rows, heads, tokens, splits),
+        D=head_size,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_SPLITS=MAX_SPLITS,
+        num_warps=8 if head_size > 128 else 4,
+    )
+    return fwd, combine, splits
