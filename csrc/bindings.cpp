@@ -21,10 +21,11 @@ class Fields {
   public:
     explicit Fields(const py::dict& values) : values_(values) {}
 
+    // name: a str, which is looked up faster than characters
     template <class Value>
-    Fields& operator()(const char* name, Value& field) {
-        const py::handle value = PyDict_GetItemString(values_.ptr(), name);
-        if (!value) throw py::key_error(std::string("there is no ") + name);
+    Fields& operator()(PyObject* name, Value& field) {
+        const py::handle value = PyDict_GetItemWithError(values_.ptr(), name);
+        if (!value) throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
         ++taken_;
         if constexpr (std::is_pointer_v<Value>)
             field = reinterpret_cast<Value>(value.is_none() ? 0 : address(value));
@@ -54,7 +55,9 @@ class Fields {
     size_t taken_ = 0;
 };
 
-#define FIELD(name) (#name, p.name)
+PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+#define FIELD(name) ([] { static PyObject* const key = interned(#name); return key; }(), p.name)
 
 void read(Fields& fields, AttentionShape& p) {
     fields FIELD(batch) FIELD(heads) FIELD(kv_heads) FIELD(q_len) FIELD(k_len) FIELD(head_dim) FIELD(left) FIELD(right)

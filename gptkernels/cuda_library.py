@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from . import cuda_build, hardware
+from .remembered import remembered
 
 # The numbers that csrc/common/dtype.h gives these types.
 DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -135,9 +136,19 @@ def not_addressable(x: torch.Tensor) -> str | None:
     return None
 
 
-def addressable(x: torch.Tensor) -> torch.Tensor:
-    """x: (..., D) of 16-bit elements, or a copy of it that the bulk copy engine can read"""
-    return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or not_addressable(x) else x
+def addressable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors (..., D) of 16-bit elements, copied where the bulk copy engine could not read them"""
+    copied = which_to_copy(*tensors)
+    if not any(copied):
+        return tensors
+    return tuple(
+        x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(tensors, copied, strict=True)
+    )
+
+
+@remembered
+def which_to_copy(*tensors: torch.Tensor) -> tuple[bool, ...]:
+    return tuple(x.stride(-1) != 1 or not_addressable(x) is not None for x in tensors)
 
 
 # Words that kernels find as zeros and leave as zeros, by device and stream: launches on a stream follow each other.
@@ -145,7 +156,7 @@ _counters: dict[tuple, torch.Tensor] = {}
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def zeroed_counters(device: torch.device) -> torch.Tensor:

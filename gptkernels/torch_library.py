@@ -40,6 +40,14 @@ def torch_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     return wrap
 
 
+def apply(function: type[torch.autograd.Function], *arguments):
+    """function.apply(*arguments) without what that does for the transforms of torch.func, which no op takes: it costs
+    as much as the rest of it"""
+    if torch.compiler.is_compiling():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """Passes gradients on, tied to what they came from, so that differentiating them again is an error."""
 

@@ -12,6 +12,11 @@ def check_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have a last dimension of at least 1, not shape {tuple(x.shape)}")
 
 
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """rows: (M, N) -> x's shape"""
+    return rows if x.ndim == 2 else rows.view(x.shape)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(..., N) -> (M, N) with a contiguous last dimension: a view where the layout allows it, else one copy."""
     if x.ndim == 2 and (x.stride(1) == 1 or x.shape[1] == 1):

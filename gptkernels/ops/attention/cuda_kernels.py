@@ -99,7 +99,7 @@ def attention_fwd(
     out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    q, k, v = map(cuda_library.addressable, (q, k, v))
+    q, k, v = cuda_library.addressable(q, k, v)
     fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
     fields |= tensor_fields(q=q, k=k, v=v, out=out)
     fields["lse"] = lse
@@ -136,7 +136,7 @@ def attention_bwd(
         for grad in grads:
             grad.zero_()
         return grads
-    dout, q, k, v = map(cuda_library.addressable, (dout, q, k, v))
+    dout, q, k, v = cuda_library.addressable(dout, q, k, v)
     fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
     workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(fields, hardware.sm_count(q.device))
     dq, dk, dv = grads

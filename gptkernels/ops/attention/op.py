@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch import Call, op
-from ...torch_library import first_order_only
+from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast
 from ..dropout import draw_seed
@@ -64,7 +64,7 @@ def attention(
         return *padded_heads(q, k, v), key_start, cu_seqlens, causal, width, factor, float(dropout)
 
     def run(kernels, *arguments):
-        out = AttentionFunction.apply(kernels, *arguments)
+        out = apply(AttentionFunction, kernels, *arguments)
         return out if out.shape == q.shape else out[..., : q.shape[-1]]
 
     return Call("attention", BACKENDS, backend, check, arguments, run)

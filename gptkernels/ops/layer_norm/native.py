@@ -11,7 +11,9 @@ from ..native import PLAIN
 def is_native(x, weight, bias, eps, backend) -> bool:
     """What is left to PyTorch to refuse: shapes, layouts, and parameters of other dtypes."""
     return (
-        type(x) in PLAIN
+        type(backend) is str
+        and backend in ("auto", "eager")
+        and type(x) in PLAIN
         and x.is_cpu
         and x.dtype is torch.float32
         and x.numel() > 0
@@ -21,8 +23,6 @@ def is_native(x, weight, bias, eps, backend) -> bool:
         and (bias is None or (type(bias) in PLAIN and bias.is_cpu))
         and type(eps) is float
         and 0 < eps < math.inf
-        and type(backend) is str
-        and backend in ("auto", "eager")
     )
 
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Call, op
-from ...torch_library import first_order_only
+from ...torch_library import apply, first_order_only
 from .. import checks
 from ..dropout import draw_seed
-from ..rows import as_rows, check_rows
+from ..rows import as_rows, check_rows, shaped
 from . import cuda_kernels, eager, triton_kernels
 from .native import native_add_layer_norm, native_layer_norm
 
@@ -33,7 +33,7 @@ def layer_norm(
         return as_rows(x), None, weight.contiguous(), None if bias is None else bias.contiguous(), float(eps), 0.0
 
     def run(kernels, rows, _, weight, bias, eps, dropout):
-        return LayerNormFunction.apply(kernels, rows, weight, bias, eps).view(x.shape)
+        return shaped(apply(LayerNormFunction, kernels, rows, weight, bias, eps), x)
 
     return Call("layer_norm", BACKENDS, backend, check, arguments, run)
 
@@ -67,8 +67,8 @@ def add_layer_norm(
         return as_rows(x), as_rows(residual), *parameters, float(eps), float(dropout)
 
     def run(kernels, *arguments):
-        y, h = AddLayerNormFunction.apply(kernels, *arguments)
-        return y.view(x.shape), h.view(x.shape)
+        y, h = apply(AddLayerNormFunction, kernels, *arguments)
+        return shaped(y, x), shaped(h, x)
 
     return Call("add_layer_norm", BACKENDS, backend, check, arguments, run)
 

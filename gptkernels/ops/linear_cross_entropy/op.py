@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Call, op
-from ...torch_library import first_order_only
+from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast_dtype
 from ..rows import as_rows, check_rows
@@ -47,7 +47,7 @@ def linear_cross_entropy(
         return *operands, ignore_index, reduction, autocast_dtype(x.device) or x.dtype
 
     def run(kernels, *arguments):
-        loss = LinearCrossEntropyFunction.apply(kernels, *arguments)
+        loss = apply(LinearCrossEntropyFunction, kernels, *arguments)
         return loss.view(targets.shape) if reduction == "none" else loss
 
     return Call("linear_cross_entropy", BACKENDS, backend, check, arguments, run)

@@ -120,8 +120,9 @@ def mlp_fwd(
         return outputs
     if copies_cost_more(x, fc_weight, proj_weight):
         return eager.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
-    x, fc_weight, proj_weight = map(cuda_library.addressable, (x, fc_weight, proj_weight))
-    residual = None if residual is None else cuda_library.addressable(residual)
+    x, fc_weight, proj_weight = cuda_library.addressable(x, fc_weight, proj_weight)
+    if residual is not None:
+        (residual,) = cuda_library.addressable(residual)
     hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
     kept = None if save == "input" else preact
     fused_linear(x, fc_weight, fc_bias, activation=activation, preact=kept, out=hidden)
@@ -162,6 +163,6 @@ def mlp_bwd(
     remade = None
     if needs[3] and save != "all":
         act = remade = torch.empty_like(preact)
-    dout_read, weight_read = cuda_library.addressable(dout), cuda_library.addressable(proj_weight)
+    dout_read, weight_read = cuda_library.addressable(dout, proj_weight)
     grad, partials = fused_grad_preact(dout_read, weight_read, preact, activation, remade, wants_partials=needs[2])
     return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs, fc_sum, proj_sum)

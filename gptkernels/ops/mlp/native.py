@@ -27,14 +27,14 @@ def native_mlp(
 ):
     dtype = getattr(x, "dtype", None)
     if (
-        dtype not in DTYPES
+        not is_choice(backend, ("auto", "eager"))
+        or dtype not in DTYPES
         or not is_plain(x, dtype)
         or x.numel() == 0
         or not is_linear(dtype, fc_weight, fc_bias)
         or not is_linear(dtype, proj_weight, proj_bias)
         or not is_choice(activation, ACTIVATIONS)
         or not is_choice(save, ("all", "preact"))
-        or not is_choice(backend, ("auto", "eager"))
         or not fits(residual, (*x.shape[:-1], proj_weight.shape[0]), dtype)
         or torch._C._is_any_autocast_enabled()
     ):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Call, UnsupportedError, op
-from ...torch_library import first_order_only
+from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast
 from ..products import SUM
@@ -62,8 +62,8 @@ def mlp(
 
     def run(kernels, *arguments):
         sums = sum_of("fc_weight", weights[0]), sum_of("proj_weight", weights[1])
-        out = MlpFunction.apply(kernels, *arguments, sums)
-        return out.view(*x.shape[:-1], proj_weight.shape[0])
+        out = apply(MlpFunction, kernels, *arguments, sums)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], proj_weight.shape[0])
 
     return Call("mlp", BACKENDS, backend, check, arguments, run)
 

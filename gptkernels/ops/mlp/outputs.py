@@ -63,7 +63,7 @@ def bwd_outputs(
 
 def is_transposed(weight: Tensor) -> bool:
     """Whether a weight (out, in) lies in memory as (in, out), as GPT-2's do in transformers."""
-    return weight.mT.is_contiguous() and not weight.is_contiguous()
+    return not weight.is_contiguous() and weight.mT.is_contiguous()
 
 
 def copies_cost_more(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> bool:
