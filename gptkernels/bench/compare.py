@@ -6,8 +6,8 @@ change that matters; SAME: all of it is within, or it holds 1 and the ratio itse
 or too few samples to say.
 
 A machine that others use as well is slower at times, and so is everything on it. How much is known from the ceilings
-that each run measured, and from whatever else than our kernels took turns in the same case: a kernel is SLOWER only if
-it is beyond all of these as well.
+that each run measured, and from what took turns with a row in the same case: for our kernels only what is not ours. A row is
+SLOWER only if it is beyond all of these as well.
 """
 
 import json
@@ -107,10 +107,12 @@ def ceiling_drifts(before: dict, after: dict) -> dict[str, float]:
     return {name: rate / rates[1][name] for name, rate in rates[0].items() if rate and rates[1].get(name)}
 
 
-def drift_of(row: dict, ceilings: dict[str, float], others: dict[tuple, list[float]]) -> Drift:
-    """others: ratios of times of what is not ours, by case"""
+def drift_of(row: dict, ceilings: dict[str, float], case: list[tuple[dict, float]]) -> Drift:
+    """case: the rows that took turns with this one, itself included, and the ratios of their times"""
     ceiling = ceilings.get("copy" if row["op"] in MEMORY_BOUND else row["dtype"], 1.0)
-    beside = others.get(key_of(row)[:-1], []) if row["kind"] == "ours" else []
+    beside = [ratio for other, ratio in case if other is not row and other["kind"] != "ours"]
+    if not beside and row["kind"] != "ours":
+        beside = [ratio for other, ratio in case if other is not row]
     ratios = [1.0, ceiling, *([statistics.median(beside)] if beside else [])]
     return Drift(min(ratios), max(ratios))
 
@@ -119,16 +121,16 @@ def compare(before: dict, after: dict, matters: float = MATTERS) -> Iterator[tup
     """-> rows of `after` with a verdict; BROKEN: timed before, and now not ok. Rows that only one has are left out."""
     known = {key_of(row): row for row in before["cases"] if row["status"] == "ok"}
     ceilings = ceiling_drifts(before, after)
-    others: dict[tuple, list[float]] = {}
+    cases: dict[tuple, list[tuple[dict, float]]] = {}
     for row in after["cases"]:
         old = known.get(key_of(row))
-        if row["kind"] != "ours" and row["status"] == "ok" and old is not None:
-            others.setdefault(key_of(row)[:-1], []).append(row["median_us"] / old["median_us"])
+        if row["status"] == "ok" and old is not None:
+            cases.setdefault(key_of(row)[:-1], []).append((row, row["median_us"] / old["median_us"]))
     for row in after["cases"]:
         old = known.get(key_of(row))
         if old is None or row["status"] == "skipped":
             continue
-        drift = drift_of(row, ceilings, others)
+        drift = drift_of(row, ceilings, cases.get(key_of(row)[:-1], []))
         yield row, judge(old, row, matters, drift) if row["status"] == "ok" else Verdict("BROKEN")
 
 
