@@ -2,15 +2,17 @@
 
     python benchmarks/host_time.py [--flash-attn CHECKOUT] [--json FILE]
 
-Needs the simulator (tests/ptxemu), whose launches then return at once. Beside our ops stand a bare autograd.Function and,
-where they are at hand, the Python wrappers of Liger's LayerNorm (its Triton kernels idle in the same way) and of
-flash-attn (--flash-attn: a checkout of it; its C++ module is replaced by one that only allocates). Contenders take turns
-in one process and one thread; the figure is the median over the turns of CPU time per call, so that other work on the
-machine counts little.
+Needs the simulator (tests/ptxemu), whose launches then return at once. Beside our ops stand a bare autograd.Function
+and, where they are at hand, the Python wrappers of Liger's LayerNorm (its Triton kernels idle in the same way) and of
+flash-attn (--flash-attn: a checkout of it; its C++ module is replaced by one that only allocates). Contenders take
+turns in one process and one thread; the figure is the median over the turns of CPU time per call, so that other work on
+the machine counts little.
 """
 
 import argparse
+import functools
 import importlib
+import importlib.util
 import json
 import platform
 import statistics
@@ -75,7 +77,7 @@ def ours() -> Iterator[tuple[str, str, dict[str, Callable]]]:
         yield "mlp", backend, {"forward": forward}  # backward's products are PyTorch's own, and run here
     q, cache = torch.randn(2, 8, 1, 64).bfloat16(), torch.randn(2, 2, 512, 64).bfloat16()
     lengths = torch.full((2,), 100, dtype=torch.int32)
-    decode = lambda: gk.decode_attention(q, cache, cache, lengths, backend="triton")
+    decode = functools.partial(gk.decode_attention, q, cache, cache, lengths, backend="triton")
     yield "decode_attention", "triton", {"forward": decode}
 
 
@@ -143,9 +145,8 @@ def main() -> int:
         print(f"{row['op']:18}{row['contender']:26}{row['pass']:10}{row['us']:7.1f} us{goal}")
     if options.json:
         host = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        Path(options.json).write_text(
-            json.dumps({**host, "turns": TURNS, "calls": CALLS, "rows": rows}, indent=1) + "\n"
-        )
+        document = {**host, "turns": TURNS, "calls": CALLS, "rows": rows}
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
