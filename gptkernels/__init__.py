@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.mlp import mlp
     from .swap.accelerate import accelerate
+    from .tuning.recorded import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "mlp",
     "nn",
     "swap",
+    "tune",
 ]
 
 # Where each name lives. It is imported when it is first used, so that the command line starts without torch.
@@ -49,6 +51,7 @@ _HOMES = {
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "mlp": "ops.mlp",
+    "tune": "tuning.recorded",
 }
 
 

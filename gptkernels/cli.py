@@ -13,6 +13,7 @@ COMMANDS = {
     "info": (".info", "versions, hardware, and which backend of which op runs here"),
     "check": (".check", "every op and backend against the float64 reference"),
     "bench": (".bench.run", "speed of each op against PyTorch and other libraries, proved right first"),
+    "tune": (".tuning.tune", "measure this machine: from then on `auto` is the fastest that was proved right here"),
     "compare": (".bench.compare", "two results of bench: SAME, FASTER, SLOWER or AMBIGUOUS"),
     "train": (".models.train", "train or fine-tune a GPT"),
     "generate": (".models.generate", "continue a prompt with a trained GPT"),

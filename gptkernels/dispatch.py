@@ -11,22 +11,15 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-from .hardware import arch
+from .failures import UnsupportedError
 from .remembered import Memory, likeness
+from .tuning import choices
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 BACKENDS = ("cuda", "triton", "eager")
-
-# Measured preferences: (op, arch) -> order of backends. Absent: BACKENDS. Ops with a finer choice (by shape) decide
-# it in their own launch tables.
-ORDER: dict[tuple[str, int], tuple[str, ...]] = {}
-
-
-class UnsupportedError(RuntimeError):
-    """No backend, or not the one that was named, can run this call."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +134,13 @@ def recording() -> Iterator[list[tuple[str, tuple]]]:
         _recorded.reset(token)
 
 
-def candidates(op: str, device: torch.device, backend: str) -> tuple[str, ...]:
+def candidates(op: str, arguments: tuple, backend: str) -> tuple[str, ...]:
+    """In the order in which they are asked"""
     if backend != "auto":
         return (backend,)
     # The kernels may also run on CPU tensors (in the simulator), which nobody wants unless they ask for it.
-    return ("eager",) if device.type == "cpu" else ORDER.get((op, arch(device)), BACKENDS)
+    usual = ("eager",) if arguments[0].device.type == "cpu" else BACKENDS
+    return tuple(dict.fromkeys((*choices.order(op, arguments), *usual)))
 
 
 def choose(call: Call[Any], arguments: tuple) -> tuple[str | None, dict[str, str]]:
@@ -153,7 +148,7 @@ def choose(call: Call[Any], arguments: tuple) -> tuple[str | None, dict[str, str
     if call.backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, not {call.backend!r}")
     reasons = {}
-    for name in candidates(call.op, arguments[0].device, call.backend):
+    for name in candidates(call.op, arguments, call.backend):
         if name not in call.backends:
             reasons[name] = f"{call.op} has no such kernels"
             continue
@@ -183,4 +178,8 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
     arguments = checked(call)
     name, reasons = choose(call, arguments)
     describe = getattr(call.backends[name], "describe", None) if name else None
-    return Choice(call.op, name, reasons, describe(*arguments) if describe else "")
+    told = [
+        describe(*arguments) if describe else "",
+        choices.told(call.op, arguments) if call.backend == "auto" else "",
+    ]
+    return Choice(call.op, name, reasons, "; ".join(filter(None, told)))

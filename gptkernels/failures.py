@@ -5,10 +5,12 @@ class UsageError(ValueError):
     """Options that make no sense, alone or together; the message names the flag. The command line exits with 2."""
 
 
+class UnsupportedError(RuntimeError):
+    """No backend, or not the one that was named, can run this call."""
+
+
 def one_line(error: Exception) -> str | None:
     """What a user is told; None for an error that is a fault of ours, and deserves its traceback."""
-    from .dispatch import UnsupportedError
-
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
     if isinstance(error, (ValueError, OSError, UnsupportedError)):

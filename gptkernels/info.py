@@ -14,6 +14,7 @@ from .ops.attention import attention, decode_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mlp import mlp
+from .tuning import choices
 
 AVAILABLE = "available"
 
@@ -90,6 +91,7 @@ def gather() -> dict:
         "gpus": [gpu_facts(i) for i in range(torch.cuda.device_count())],
         "cuda_library": cuda_library.missing()
         or f"built for {', '.join(cuda_library.built_archs())} by CUDA " + cuda_library.toolkit_version(),
+        "tuned": choices.age(device),
         "simulator": simulator.unavailable() or "installed",
         "ops": backends(device),
     }

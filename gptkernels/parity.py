@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 ALLOWED_RATIO = 2.0
 # Of the largest value: what float32 accumulation in another order may differ by where the reference has no error.
@@ -125,21 +126,32 @@ def assert_parity(
 
 @contextmanager
 def guarded_allocations():
-    """torch.empty gives NaNs (bytes of 0xFF) between margins of the same, which must be untouched at the end."""
+    """torch.empty and empty_like give NaNs (bytes of 0xFF) between margins of the same, which must be untouched at the
+    end."""
     buffers = []
-    real_empty = torch.empty
+    real_empty, real_empty_like = torch.empty, torch.empty_like
 
     def guarded_empty(*size, **options):
         size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
         out = real_empty(size, **options)
         if out.is_meta or type(out) is not Tensor or out.numel() == 0:
             return out
-        buffer = real_empty((out.numel() + 2 * MARGIN,), **options)
+        return guarded(out)
+
+    def guarded_empty_like(x, **options):
+        out = real_empty_like(x, **options)
+        return out if out.is_meta or type(x) not in (Tensor, Parameter) or out.numel() == 0 else guarded(out)
+
+    def guarded(out):
+        buffer = real_empty((out.numel() + 2 * MARGIN,), dtype=out.dtype, device=out.device)
         buffer.view(torch.uint8).fill_(0xFF)
         buffers.append(buffer)
-        return buffer[MARGIN:-MARGIN].view(size)
+        return buffer.as_strided(out.shape, out.stride(), MARGIN)
 
-    with mock.patch.object(torch, "empty", guarded_empty):
+    with (
+        mock.patch.object(torch, "empty", guarded_empty),
+        mock.patch.object(torch, "empty_like", guarded_empty_like),
+    ):
         yield
     for buffer in buffers:
         for margin in (buffer[:MARGIN], buffer[-MARGIN:]):

@@ -6,8 +6,8 @@ change that matters; SAME: all of it is within, or it holds 1 and the ratio itse
 or too few samples to say.
 
 A machine that others use as well is slower at times, and so is everything on it. How much is known from the ceilings
-that each run measured, and from what took turns with a row in the same case, for our kernels only what is not ours: a row is
-SLOWER only if it is beyond all of these as well.
+that each run measured, and from what took turns with a row in the same case, for our kernels only what is not ours. A
+row is SLOWER only if it is beyond all of these as well.
 """
 
 import json

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...remembered import remembered
 from ...torch_library import torch_op
+from ...tuning import choices
 from ..checks import check_bounds
 from ..dropout import keep
 from .outputs import bwd_outputs, fwd_outputs
@@ -94,8 +96,8 @@ def _seen(m: int, n: int, offset: int, causal: bool, window: int | None, device:
     return None if seen.all() else seen
 
 
-def blocks(queries: int, keys: int, causal: bool, window: int | None) -> Iterator[Block]:
-    """Queries that see no key are in no block."""
+def blocks(queries: int, keys: int, causal: bool, window: int | None, rows: int = 0) -> Iterator[Block]:
+    """Queries that see no key are in no block. rows: of a block, 0: as usual"""
     if not queries or not keys:
         return
     offset = keys - queries
@@ -103,7 +105,7 @@ def blocks(queries: int, keys: int, causal: bool, window: int | None) -> Iterato
         yield Block(slice(0, queries), slice(0, keys), offset, causal, window)
         return
     ahead = 0 if causal or window is None else window - 1
-    rows = 256 if window is None else min(256, max(64, window // 4))
+    rows = rows or (256 if window is None else min(256, max(64, window // 4)))
     for start in range(max(0, -offset - ahead), queries, rows):
         stop = min(start + rows, queries)
         first = 0 if window is None else max(0, start + offset - window + 1)
@@ -128,6 +130,7 @@ def attention_fwd(
     cu_seqlens: (N + 1,); seed: (1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
     out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
     out.zero_(), lse.fill_(-torch.inf)
+    (rows,) = block_rows(q, k, cu_seqlens, window)
     for part in sequences(q, k, key_start, cu_seqlens):
         q_part, out_part = part.select(q, part.queries), part.select(out, part.queries)
         k_part, v_part = part.select(k, part.keys), part.select(v, part.keys)
@@ -138,7 +141,7 @@ def attention_fwd(
             if bad is None:
                 out_part.copy_(out_whole), lse_part.copy_(lse_whole)
                 continue
-        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window):
+        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window, rows):
             qb, kb, vb = q_part[:, :, block.queries], k_part[:, :, block.keys], v_part[:, :, block.keys]
             seen, keep = block.seen(q.device), None
             if seed is not None:
@@ -175,6 +178,7 @@ def attention_bwd(
         dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
     )
     dq, dk, dv = (grad.zero_() for grad in grads)
+    (rows,) = block_rows(q, k, cu_seqlens, window)
     for part in sequences(q, k, key_start, cu_seqlens):
         q_part, out_part, dout_part, dq_part = (part.select(x, part.queries) for x in (q, out, dout, dq))
         k_part, v_part, dk_part, dv_part = (part.select(x, part.keys) for x in (k, v, dk, dv))
@@ -186,7 +190,7 @@ def attention_bwd(
             continue
         # Keys get a share from each block that sees them: summed in float32, rounded once.
         dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (dk_part, dv_part))
-        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window):
+        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window, rows):
             qb, ob, gb = (x[:, :, block.queries] for x in (q_part, out_part, dout_part))
             kb, vb = k_part[:, :, block.keys], v_part[:, :, block.keys]
             seen, keep = block.seen(q.device), None
@@ -200,6 +204,12 @@ def attention_bwd(
             dv_sum[:, :, block.keys] += dv_block
         dk_part.copy_(dk_sum), dv_part.copy_(dv_sum)
     return dq, dk, dv
+
+
+@remembered
+def block_rows(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None) -> tuple[int]:
+    """What was measured for calls like this one, or 0"""
+    return (choices.setting("eager_rows", "attention", (q, k, k, None, cu_seqlens, True, window), 0),)
 
 
 def whole(q: Tensor, q_part: Tensor, k_part: Tensor, causal: bool, window: int | None, dropout: float) -> bool:

@@ -9,9 +9,9 @@ from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast
 from ..dropout import draw_seed
-from . import cuda_kernels, eager, triton_kernels
+from . import cuda_kernels, eager, native, triton_kernels
 
-BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 HEAD_SIZES = range(1, 257)
 # What kernels begin at: smaller heads are padded to it with zeros, which change no score.
 SMALLEST_HEAD = 16
@@ -64,7 +64,7 @@ def attention(
         return *padded_heads(q, k, v), key_start, cu_seqlens, causal, width, factor, float(dropout)
 
     def run(kernels, *arguments):
-        out = apply(AttentionFunction, kernels, *arguments)
+        out = native.run(*arguments) if kernels is native else apply(AttentionFunction, kernels, *arguments)
         return out if out.shape == q.shape else out[..., : q.shape[-1]]
 
     return Call("attention", BACKENDS, backend, check, arguments, run)

@@ -8,6 +8,7 @@ from ... import cuda_library, hardware
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch, of_tensor
+from ...tuning import choices
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
 from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
@@ -114,6 +115,16 @@ def bytes_of_head(k: Tensor) -> int:
     return 2 * k.shape[-1] * k.shape[2 if k.dim() == 4 else 0] * k.element_size()
 
 
+def measured_row(kernel: str, q, k, v, cu_seqlens, window, may_use_tma: bool) -> dict:
+    """Of the launch table, or what was measured for calls like this one where that does not use TMA in vain"""
+    row = launch_row(kernel, hardware.arch(q.device), q.element_size(), q.shape[-1], may_use_tma)
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "STAGES")
+    usual = tuple(row[name] for name in names)
+    arguments = (q, k, v, None, cu_seqlens, True, window)
+    setting = f"attention_{kernel}" + "_tma" * row["TMA"]
+    return row | dict(zip(names, choices.setting(setting, "attention", arguments, usual), strict=True))
+
+
 @torch_op(fake=fwd_outputs)
 def attention_fwd(
     q: Tensor,
@@ -143,7 +154,7 @@ def attention_fwd(
 def fwd_launch(q, k, v, out, key_start, cu_seqlens, causal, window, scale, dropout):
     """-> the launch, and descriptors of k and v where it takes them"""
     sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
-    row = launch_row("fwd", hardware.arch(q.device), q.element_size(), q.shape[-1], addressable(k, v))
+    row = measured_row("fwd", q, k, v, cu_seqlens, window, addressable(k, v))
     group = q.shape[1] // k.shape[1]
     programs, grid = grid_arguments(q, cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
     scalars = (*strides(q), *strides(k), *strides(v), *strides(out), *grid, q.shape[1], group, *sizes)
@@ -195,7 +206,7 @@ def dq_launch(dout, q, k, v, out, dq, dk, dv, key_start, cu_seqlens, causal, win
     sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
     # Padding and other documents' tokens may be anything, and TMA would bring them in.
     may = key_start is None and cu_seqlens is None and addressable(k, v)
-    row = launch_row("dq", hardware.arch(q.device), q.element_size(), q.shape[-1], may)
+    row = measured_row("dq", q, k, v, cu_seqlens, window, may)
     group = q.shape[1] // k.shape[1]
     programs, grid = grid_arguments(q, cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
     steps = [step for x in (dout, q, k, v, out, dq) for step in strides(x)]
@@ -208,7 +219,7 @@ def dkdv_launch(dout, q, k, v, out, dq, dk, dv, key_start, cu_seqlens, causal, w
     """-> the launch, and descriptors of dout and q where it takes them"""
     sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
     may = cu_seqlens is None and addressable(dout, q)
-    row = launch_row("dkdv", hardware.arch(q.device), q.element_size(), q.shape[-1], may)
+    row = measured_row("dkdv", q, k, v, cu_seqlens, window, may)
     group = q.shape[1] // k.shape[1]
     programs, grid = grid_arguments(k, cu_seqlens, row["BLOCK_N"], bytes_of_head(q) * group)
     steps = [step for x in (dout, q, k, v, dk, dv) for step in strides(x)]

@@ -8,13 +8,12 @@ from ...torch_library import apply, first_order_only
 from .. import checks
 from ..dropout import draw_seed
 from ..rows import as_rows, check_rows, shaped
-from . import cuda_kernels, eager, triton_kernels
-from .native import native_add_layer_norm, native_layer_norm
+from . import cuda_kernels, eager, native, triton_kernels
 
-BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 
 
-@op(native=native_layer_norm)
+@op(native=native.native_layer_norm)
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, backend: str = "auto"
 ) -> Call[Tensor]:
@@ -33,12 +32,14 @@ def layer_norm(
         return as_rows(x), None, weight.contiguous(), None if bias is None else bias.contiguous(), float(eps), 0.0
 
     def run(kernels, rows, _, weight, bias, eps, dropout):
+        if kernels is native:
+            return shaped(native.run(rows, None, weight, bias, eps, dropout), x)
         return shaped(apply(LayerNormFunction, kernels, rows, weight, bias, eps), x)
 
     return Call("layer_norm", BACKENDS, backend, check, arguments, run)
 
 
-@op(native=native_add_layer_norm)
+@op(native=native.native_add_layer_norm)
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -67,7 +68,7 @@ def add_layer_norm(
         return as_rows(x), as_rows(residual), *parameters, float(eps), float(dropout)
 
     def run(kernels, *arguments):
-        y, h = apply(AddLayerNormFunction, kernels, *arguments)
+        y, h = native.run(*arguments) if kernels is native else apply(AddLayerNormFunction, kernels, *arguments)
         return shaped(y, x), shaped(h, x)
 
     return Call("add_layer_norm", BACKENDS, backend, check, arguments, run)

@@ -9,6 +9,7 @@ from ... import hardware
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch
+from ...tuning import choices
 from ..dropout import threshold
 from ..triton_dropout import kept
 from .outputs import bwd_outputs, fwd_outputs
@@ -299,8 +300,10 @@ REDUCE_LAUNCH = {"BLOCK_P": 32, "BLOCK_N": 64, "num_warps": 8}
 MAX_COLUMNS = 65536
 
 
-def launch_row(table: dict, columns: int) -> dict:
-    rows, block, warps = next(row for longest, row in table.items() if columns <= longest)
+def launch_row(table: dict, columns: int, setting: str, op: str, x: Tensor) -> dict:
+    """x: (M, N)"""
+    usual = next(row for longest, row in table.items() if columns <= longest)
+    rows, block, warps = choices.setting(setting, op, (x,), usual)
     whole_row = block == 0
     return {
         "ROWS": rows,
@@ -351,7 +354,7 @@ def fwd_launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dropout: float
 ) -> Launch:
     rows, columns = x.shape
-    row = launch_row(FWD_LAUNCH, columns)
+    row = launch_row(FWD_LAUNCH, columns, "layer_norm_fwd", "layer_norm" if residual is None else "add_layer_norm", x)
     residual_stride = 0 if residual is None else residual.stride(0)
     return Launch(
         layer_norm_fwd_kernel,
@@ -411,7 +414,8 @@ def bwd_launches(
 ) -> tuple[Launch, Launch, tuple[int, ...]]:
     """-> of the gradients and of the sum over the programs' partial ones, and the shape of those"""
     rows, columns = h.shape
-    row = launch_row(BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH, columns)
+    op = "layer_norm" if dh is None else "add_layer_norm"
+    row = launch_row(BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH, columns, "layer_norm_bwd", op, h)
     programs = min(triton.cdiv(rows, row["ROWS"]), 4 * hardware.sm_count(h.device))
     has_partials = weight_grad or bias_grad
     dh_stride = 0 if dh is None else dh.stride(0)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...remembered import remembered
 from ...torch_library import torch_op
+from ...tuning import choices
 from ..products import add_product
 
 # A chunk's logits are this share of the whole: at most 1/16 with room for a second buffer of the same size.
@@ -22,10 +24,15 @@ ROW_ELEMENTS = 8
 ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], None]
 
 
-def chunk_rows(rows: int) -> int:
+def chunk_rows(rows: int, fewest: int = MIN_ROWS) -> int:
     """Of chunks of the same size, as far as they can be"""
-    chunks = max(1, min(CHUNKS, rows // MIN_ROWS))
+    chunks = max(1, min(CHUNKS, rows // fewest))
     return max(1, -(-rows // chunks))
+
+
+@remembered
+def fewest_rows(x: Tensor, weight: Tensor) -> int:
+    return choices.setting("loss_rows", "linear_cross_entropy", (x, weight), MIN_ROWS)
 
 
 def fwd_outputs(
@@ -74,7 +81,7 @@ def over_chunks(
     weight_sum = torch.empty(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
     if not x.shape[0]:
         weight_sum.zero_()
-    step = chunk_rows(x.shape[0])
+    step = chunk_rows(x.shape[0], fewest_rows(x, weight))
     # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
     padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
     buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)

@@ -1,8 +1,9 @@
-"""PyTorch's own ops for the calls where nothing is gained over them: those on a CPU that keep the hidden layer. It gets
-what the caller passed, which may be anything, and answers NotImplemented where it is something else."""
+"""PyTorch's own ops: for the calls where nothing is gained over them, those on a CPU that keep the hidden layer, and as
+a backend that `auto` takes where it was measured to be the fastest."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..checks import DTYPES
 from ..native import is_plain
@@ -25,6 +26,7 @@ def native_mlp(
     save="preact",
     backend="auto",
 ):
+    """Gets what the caller passed, which may be anything, and answers NotImplemented where it is something else."""
     dtype = getattr(x, "dtype", None)
     if (
         not is_choice(backend, ("auto", "eager"))
@@ -39,6 +41,17 @@ def native_mlp(
         or torch._C._is_any_autocast_enabled()
     ):
         return NotImplemented
+    return run(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
+
+
+def unsupported(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save) -> str | None:
+    if activation not in ACTIVATIONS:
+        return f"has no {activation}"
+    return None if save == "all" else f"keeps the hidden layer twice, which save={save!r} does not ask for"
+
+
+def run(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save) -> Tensor:
+    """Takes what the op's backends take, and has PyTorch's own autograd"""
     out = F.linear(ACTIVATIONS[activation](F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
     return out if residual is None else out + residual
 

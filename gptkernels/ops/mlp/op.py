@@ -9,16 +9,15 @@ from .. import checks
 from ..autocast import autocast
 from ..products import SUM
 from ..rows import as_rows, check_rows
-from . import cuda_kernels, eager, triton_kernels
-from .native import native_mlp
+from . import cuda_kernels, eager, native, triton_kernels
 from .outputs import is_transposed
 
-BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 ACTIVATIONS = tuple(eager.FORWARD)
 SAVE = ("all", "preact", "input")
 
 
-@op(native=native_mlp)
+@op(native=native.native_mlp)
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -62,7 +61,10 @@ def mlp(
 
     def run(kernels, *arguments):
         sums = sum_of("fc_weight", weights[0]), sum_of("proj_weight", weights[1])
-        out = apply(MlpFunction, kernels, *arguments, sums)
+        if kernels is native and sums == (None, None):
+            out = native.run(*arguments)
+        else:  # PyTorch's own ops add to no sum
+            out = apply(MlpFunction, eager if kernels is native else kernels, *arguments, sums)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], proj_weight.shape[0])
 
     return Call("mlp", BACKENDS, backend, check, arguments, run)

@@ -9,6 +9,7 @@ from ... import hardware
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch, of_tensor
+from ...tuning import choices
 from .eager import linear, other_grads
 from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
@@ -48,8 +49,15 @@ def nearest(table: dict, arch: int):
 
 
 def is_fused(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> bool:
-    narrow = x.shape[-1] <= nearest(FUSED_UP_TO, hardware.arch(x.device))
-    return narrow and not copies_cost_more(x, fc_weight, proj_weight)
+    if copies_cost_more(x, fc_weight, proj_weight):
+        return False
+    (measured,) = fused_setting(x, fc_weight)
+    return x.shape[-1] <= nearest(FUSED_UP_TO, hardware.arch(x.device)) if measured is None else measured
+
+
+@remembered
+def fused_setting(x: Tensor, fc_weight: Tensor) -> tuple[bool | None]:
+    return (choices.setting("mlp_fused", "mlp", (x, fc_weight), None),)
 
 
 def unsupported(
@@ -68,11 +76,13 @@ def describe(x: Tensor, fc_weight: Tensor, fc_bias, proj_weight: Tensor, *_) -> 
     return "fused epilogues" if is_fused(x, fc_weight, proj_weight) else "cuBLAS and a fused pointwise pass"
 
 
-def gemm_launch(table: dict, a: Tensor) -> dict:
+def gemm_launch(table: dict, a: Tensor, setting: str, weight: Tensor) -> dict:
+    """a: (M, K), weight: (N, K)"""
     if a.dtype == torch.float32:
         row = FLOAT_LAUNCH
     else:
         row = FEW_ROWS_LAUNCH if a.shape[0] <= FEW_ROWS else nearest(table, hardware.arch(a.device))
+    row = choices.setting(setting, "mlp", (a, weight), row)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, row, strict=True)), "GROUP_M": GROUP_M}
 
@@ -133,7 +143,7 @@ def fused_linear(
 def linear_launch(x, weight, bias, residual, preact, out, activation, precision):
     """-> the launch, and descriptors of x and weight where it takes them"""
     (M, K), N = x.shape, weight.shape[0]
-    row, tma = gemm_launch(GEMM_LAUNCH, x), takes_tma(x, weight)
+    row, tma = gemm_launch(GEMM_LAUNCH, x, "mlp_fwd_tile", weight), takes_tma(x, weight)
     launch = Launch(
         mlp_fwd_kernel,
         gemm_grid(row, M, N, x.device),
@@ -175,7 +185,7 @@ def fused_grad_preact(
 def grad_preact_launch(dout, proj_weight, preact, activation, has_act, wants_partials, precision):
     """-> the launch, descriptors of dout and proj_weight where it takes them, the shape of the partial sums"""
     (M, K), N = dout.shape, proj_weight.shape[1]
-    row, tma = gemm_launch(GEMM_BWD_LAUNCH, dout), takes_tma(dout, proj_weight)
+    row, tma = gemm_launch(GEMM_BWD_LAUNCH, dout, "mlp_bwd_tile", proj_weight.mT), takes_tma(dout, proj_weight)
     launch = Launch(
         mlp_bwd_kernel,
         gemm_grid(row, M, N, dout.device),

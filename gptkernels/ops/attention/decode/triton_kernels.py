@@ -9,6 +9,7 @@ from .... import hardware
 from ....remembered import remembered
 from ....torch_library import torch_op
 from ....triton_calls import Launch
+from ....tuning import choices
 from ..outputs import decode_outputs
 from ..triton_blocks import add_weighted, inner_products, zeros_head
 from ..triton_launch import head_parts
@@ -220,7 +221,9 @@ def launches(q, k_cache, v_cache, lengths, out, window, scale) -> tuple[Launch, 
     (batch, heads, tokens, head_size), (_, kv_heads, capacity, _) = q.shape, k_cache.shape
     group = heads // kv_heads
     d1, d2 = head_parts(head_size, q.element_size())
-    block_n, warps, stages = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
+    usual = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
+    arguments = (q, k_cache, v_cache, lengths, window, scale)
+    block_n, warps, stages = choices.setting("decode_row", "decode_attention", arguments, usual)
     block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group)))
     row_tiles = triton.cdiv(group * tokens, block_m)
     # Lengths stay on the device: as many splits as the most keys there can be, and a full GPU, give work to.

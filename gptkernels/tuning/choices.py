@@ -1,0 +1,89 @@
+"""What is in force: the order of backends and the launch settings that were measured for calls like the one at hand.
+
+Only asked about a call that is like none before (see remembered.py), so it costs the others nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import hardware
+from ..remembered import forget
+from . import classes, store
+
+_known: dict[tuple[str, int | None], dict[classes.CallClass, dict]] = {}
+_trial: dict[str, Any] | None = None
+
+
+def entry(op: str, arguments: tuple) -> dict | None:
+    """What was measured for calls like this one on its device"""
+    if torch.compiler.is_compiling():
+        return None
+    device = arguments[0].device
+    if device.type not in ("cpu", "cuda") or hardware.is_simulated(device):
+        return None
+    key = device.type, device.index
+    if key not in _known:
+        _known[key] = store.load(device)
+    return classes.nearest(classes.of(op, arguments), _known[key]) if _known[key] else None
+
+
+def order(op: str, arguments: tuple) -> list[str]:
+    """Backends, the fastest first; none where nothing was measured"""
+    found = entry(op, arguments) if _trial is None else None
+    return [name for name, _ in found["order"]] if found else []
+
+
+def setting(name: str, op: str, arguments: tuple, default: Any) -> Any:
+    """A launch setting, such as "attention_fwd": (BLOCK_M, BLOCK_N, warps, stages)"""
+    if _trial is not None:
+        return as_default(_trial.get(name), default)
+    found = entry(op, arguments)
+    return as_default(found["settings"].get(name) if found else None, default)
+
+
+def told(op: str, arguments: tuple) -> str:
+    """Why `auto` takes what it takes"""
+    found = entry(op, arguments)
+    if found:
+        times = ", ".join(f"{name} {us:.0f} us" for name, us in found["order"])
+        return f"measured here on {found['when'][:10]}: {times}"
+    on_gpu = arguments[0].device.type == "cuda"
+    return "not measured on this GPU, which `gptkernels tune` does" if on_gpu else ""
+
+
+def age(device: torch.device) -> str:
+    """Of what is known of the device"""
+    known = store.load(device)
+    if not known:
+        return "never (gptkernels tune)"
+    days = sorted(found["when"][:10] for found in known.values())
+    return f"{len(known)} classes of calls, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+
+
+def as_default(value: Any, default: Any) -> Any:
+    """value: from JSON, which has no tuples"""
+    if value is None:
+        return default
+    return tuple(value) if isinstance(default, Sequence) and not isinstance(default, str) else value
+
+
+@contextmanager
+def trying(settings: dict[str, Any]) -> Iterator[None]:
+    """Inside, these are in force and nothing that was measured is."""
+    global _trial
+    before, _trial = _trial, settings
+    forget()
+    try:
+        yield
+    finally:
+        _trial = before
+        forget()
+
+
+def reload() -> None:
+    """After a file has changed"""
+    _known.clear()
+    forget()

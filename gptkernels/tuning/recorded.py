@@ -1,0 +1,88 @@
+"""The calls of a model, as cases to tune."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from ..bench.cases import Case
+from ..dispatch import recording
+from ..failures import UsageError
+from . import choices, store
+from .classes import CallClass, dtype_name
+from .tune import Tuner, passes_of, report
+
+# Of a GPT that is tuned by name: as many as fill a GPU
+TOKENS = 16384
+
+
+def case_of(op: str, arguments: tuple) -> Case:
+    """The case that is most like a call"""
+    x, dtype = arguments[0], dtype_name(arguments[0])
+    if op == "attention":
+        q, k, window = arguments[0], arguments[1], arguments[6]
+        packed = q.ndim == 3
+        batch, tokens = (1, k.shape[0]) if packed else (q.shape[0], k.shape[2])
+        shape = {"B": batch, "H": q.shape[1], "G": k.shape[1], "T": tokens, "D": q.shape[-1], "W": window or 0}
+    elif op == "decode_attention":
+        cache, window = arguments[1], arguments[4]
+        heads = {"H": x.shape[1], "G": cache.shape[1]}
+        shape = {"B": x.shape[0], **heads, "T": cache.shape[2], "D": x.shape[-1], "W": window or 0}
+    else:
+        shape = {"M": x.shape[0], "N": x.shape[1]}
+        if op == "mlp":
+            shape["F"] = arguments[1].shape[0]
+        if op == "linear_cross_entropy":
+            shape["V"] = arguments[1].shape[0]
+    return Case.of(op, dtype, **shape)
+
+
+def distinct(calls: list[tuple[str, tuple]]) -> list[Case]:
+    """One case for calls of the same shape; those without any rows are left out"""
+    cases = [case_of(op, arguments) for op, arguments in calls if arguments[0].numel()]
+    return list({(case.op, case.label, case.dtype): case.with_passes(passes_of(case)) for case in cases}.values())
+
+
+def cases_of_model(name: str, dtype: str) -> list[Case]:
+    """Of a GPT of ours, by its name: no weights are made"""
+    from ..models import GPT, GPTConfig
+    from ..models.config import PRESETS
+
+    if name not in PRESETS:
+        raise UsageError(f"--model must be one of {', '.join(PRESETS)}, not {name}")
+    config = GPTConfig.preset(name)
+    with torch.device("meta"):
+        model = GPT(config).to(getattr(torch, dtype))
+        tokens = torch.zeros(max(1, TOKENS // config.context), config.context, dtype=torch.long)
+    with recording() as calls:
+        model(tokens, tokens)
+    return distinct(calls)
+
+
+def tune(model: nn.Module, batch: Any, *, budget: float = 120.0) -> dict[CallClass, dict]:
+    """Runs the model once on `batch` (its argument, or several by name), and measures every op of ours that it calls:
+    which backend is fastest on this machine, and with which launch settings. From then on `auto` goes by that, here and
+    in other processes of this user.
+
+    budget: seconds in all. Returns what is known by now, by class of calls, and prints what was found. Of the processes
+    of a host that torchrun started the first one measures, and the others wait.
+    """
+    with recording() as calls, torch.no_grad():
+        model(**batch) if isinstance(batch, Mapping) else model(batch)
+    if not calls:
+        raise ValueError("model calls no op of gptkernels: accelerate(model) first")
+    device = calls[0][1][0].device
+    try:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            with store.writing(device) as writer:
+                tuner = Tuner(writer, device.type, budget)
+                tuner.run(distinct(calls), Console())
+            Console().print(report(tuner.done))
+    finally:  # the other processes of this host wait, as long as torch.distributed does
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        choices.reload()
+    return store.load(device)

@@ -1,0 +1,301 @@
+"""`gptkernels tune`: what is measured, proved and kept, what is taken from it, and what goes wrong meanwhile."""
+
+import errno
+import json
+import os
+import stat
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import gptkernels as gk
+from gptkernels import cli, cuda_build, files, simulator
+from gptkernels.bench.cases import Case
+from gptkernels.failures import UsageError
+from gptkernels.ops.layer_norm import triton_kernels as norm_kernels
+from gptkernels.tuning import candidates, choices, classes, recorded, store, tune
+from gptkernels.tuning.classes import CallClass
+from gptkernels.tuning.workers import Workers
+
+CPU = torch.device("cpu")
+SMALL = "B1,H2,T192,D16,W24"
+CASE = Case.of("attention", "float32", ("fwd", "bwd"), B=1, H=2, T=192, D=16, W=24)
+FAULTY = (sys.executable, str(Path(__file__).parent / "faulty_tuning_worker.py"))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTKERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(tune.SECONDS, "cpu", 0.02)
+    choices.reload()
+    yield tmp_path / "cache"
+    choices.reload()
+
+
+def entry(order=(("eager", 10.0),), **settings) -> dict:
+    order = [list(row) for row in order]
+    return {"order": order, "settings": settings, "failed": {}, "tried": 1, "when": "2026-11-21T00:00:00+00:00"}
+
+
+def keep(found: CallClass, kept: dict) -> Path:
+    with store.writing(CPU) as writer:
+        writer.keep(found, kept)
+    choices.reload()
+    return writer.path
+
+
+def heads(tokens: int = 192) -> list[torch.Tensor]:
+    return [torch.randn(1, 2, tokens, 16) for _ in range(3)]
+
+
+def banded(tokens: int = 192) -> CallClass:
+    return CallClass("attention", ("float32", "D16", "banded"), {"T": tokens, "W": 24, "heads": 2})
+
+
+def test_the_command(cache, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["tune", "--device", "cpu", "--op", "attention", "--shape", SMALL]
+    assert cli.main([*arguments, "--json", str(out)]) == 0
+    assert "attention float32 D16 banded" in capsys.readouterr().out
+    (path,) = (cache / "tuning").glob("*.json")
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    for document in (store.opened(out.read_text()), store.opened(path.read_text())):
+        ((found, kept),) = store.entries_of(document).items()
+        assert found == banded()
+        assert [name for name, _ in kept["order"]] == ["eager"]
+        assert kept["tried"] == 5
+        assert not kept["failed"]
+    told = str(gk.explain(gk.attention, *heads(), window=24))
+    assert "measured here on 20" in told
+    assert cli.main(["info"]) == 0
+    assert "1 classes of calls" in capsys.readouterr().out
+    assert cli.main([*arguments, "--reset", "--budget", "0.0001"]) == 0
+    assert "no time was left for 1 of 1" in capsys.readouterr().out
+    assert not path.exists()
+    choices.reload()
+    assert "measured" not in str(gk.explain(gk.attention, *heads(), window=24))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "norm"], "--op must be one of"),
+        (["--model", "gpt9"], "--model must be one of"),
+        (["--model", "gpt2", "--shape", SMALL], "two ways"),
+        (["--shape", "Z3"], "--shape"),
+        (["--import", "/nowhere.json"], "No such file"),
+        (["--budget", "0"], None),
+    ],
+)
+def test_what_makes_no_sense(arguments, words, capsys):
+    try:
+        status = cli.main(["tune", "--device", "cpu", *arguments])
+    except SystemExit as error:
+        status = error.code
+    assert status == (1 if words == "No such file" else 2)
+    assert (words or "--budget") in capsys.readouterr().err
+
+
+def test_dry_run_lists_and_measures_nothing(cache, capsys):
+    assert cli.main(["tune", "--device", "cpu", "--dry-run"]) == 0
+    assert "eager_rows: 4" in capsys.readouterr().out
+    assert cli.main(["tune", "--device", "cuda", "--dry-run", "--model", "gpt3-xl"]) == 0
+    out = capsys.readouterr().out
+    assert "cuda, triton, eager, torch" in out
+    assert "attention_dkdv_tma" in out
+    assert not cache.exists()
+
+
+def test_what_was_measured_is_in_force():
+    x = torch.randn(8, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
+    assert gk.explain(gk.layer_norm, *x).backend == "eager"
+    keep(classes.of("layer_norm", (x[0],)), entry([("torch", 1.0), ("eager", 2.0)]))
+    assert gk.explain(gk.layer_norm, *x).backend == "torch"
+    assert torch.equal(gk.layer_norm(*x), torch.layer_norm(x[0], (64,), x[1]))
+    assert gk.explain(gk.layer_norm, *x, backend="eager").backend == "eager"
+    keep(banded(), entry(eager_rows=48))
+    arguments = (*heads(), None, None, True, 24)
+    assert choices.setting("eager_rows", "attention", arguments, 0) == 48
+    assert choices.setting("other", "attention", arguments, (1, 2)) == (1, 2)
+    with choices.trying({"eager_rows": 7}):
+        assert choices.setting("eager_rows", "attention", arguments, 0) == 7
+
+
+def test_the_nearest_class_counts():
+    known = {banded(tokens): entry(eager_rows=tokens) for tokens in (256, 2048)}
+    for tokens, expected in ((200, 256), (300, 256), (1500, 2048), (8192, 2048), (10**6, None)):
+        found = classes.nearest(banded(tokens), known)
+        assert (found and found["settings"]["eager_rows"]) == expected
+    for other in (
+        CallClass("attention", ("float16", "D16", "banded"), banded().sizes),
+        CallClass("attention", ("float32", "D16", "dense"), banded().sizes),
+        CallClass("mlp", ("float32", "D16", "banded"), banded().sizes),
+    ):
+        assert classes.nearest(other, known) is None
+
+
+def test_wrong_crashing_and_hanging_candidates(monkeypatch):
+    monkeypatch.setattr(tune, "LIMIT_S", 15.0)
+    with Workers("cpu", FAULTY) as workers:
+        trial = tune.Trial(CASE, "cpu", workers, deadline=float("inf"))
+        trial.run()
+    found = trial.entry()
+    assert trial.tried == 5
+    reasons = {name.rsplit(" ", 1)[-1].rstrip(")"): why for name, why in found["failed"].items()}
+    assert reasons.keys() == {"64", "128", "512"}
+    assert reasons["64"].startswith("wrong: output 0")
+    assert reasons["128"] == "crashed: the process ended: SIGABRT"
+    assert reasons["512"] == "hung: no answer in 15 s"
+    assert found["settings"].get("eager_rows") in (None, 1024)
+    assert [name for name, _ in found["order"]] == ["eager"]
+
+
+def test_a_worker_that_does_not_start():
+    with Workers("cpu", (sys.executable, "-c", "raise SystemExit(3)")) as workers, pytest.raises(RuntimeError) as error:
+        workers.ask({}, 5.0)
+    assert "exit status 3" in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "older"])
+def test_a_file_that_cannot_be_read_is_set_aside(damage):
+    path = keep(banded(), entry(eager_rows=48))
+    text = path.read_text()
+    damaged = {"flipped": text.replace("48", "96"), "cut": text[:-20], "empty": "", "older": '{"version": 0}'}
+    path.write_text(damaged[damage])
+    choices.reload()
+    arguments = (*heads(), None, None, True, 24)
+    with pytest.warns(UserWarning, match="is not used, and becomes .*unreadable"):
+        assert choices.setting("eager_rows", "attention", arguments, 0) == 0
+    assert not path.exists()
+    assert path.with_suffix(".unreadable").exists()
+    keep(banded(), entry(eager_rows=32))
+    assert choices.setting("eager_rows", "attention", arguments, 0) == 32
+
+
+def test_a_folder_that_others_may_write_to_is_not_used():
+    path = keep(banded(), entry(eager_rows=48))
+    path.parent.chmod(0o777)
+    choices.reload()
+    with pytest.warns(UserWarning, match="writable by others"):
+        assert choices.order("attention", (*heads(), None, None, True, 24)) == []
+
+
+def test_other_kernels_and_devices_have_files_of_their_own():
+    path = keep(banded(), entry())
+    for name in ("sources", "device", "torch", "units"):
+        with mock.patch.object(store, "facts", return_value=store.facts(CPU) | {name: "another"}):
+            assert store.load(CPU) == {}
+    assert store.load(CPU) == {banded(): entry()}
+    assert path == store.path_of(store.facts(CPU))
+
+
+def test_two_tuners_at_once():
+    holding, done = threading.Event(), threading.Event()
+
+    def first():
+        with store.writing(CPU) as writer:
+            holding.set()
+            done.wait(20)
+            writer.keep(banded(), entry())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    holding.wait(20)
+    with pytest.raises(UsageError, match="another gptkernels tune has held"), store.writing(CPU, timeout_s=0.3):
+        pass
+    done.set()
+    thread.join()
+    with store.writing(CPU) as writer:
+        assert writer.entries == {banded(): entry()}
+
+
+def test_a_full_disk_leaves_what_was_there(capsys, monkeypatch):
+    path = keep(banded(64), entry())
+    before = path.read_text()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "tuning")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert cli.main(["tune", "--device", "cpu", "--op", "attention", "--shape", SMALL]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_text() == before
+    assert not list(path.parent.glob(".*.json.*"))
+
+
+def test_ctrl_c_keeps_what_was_found(capsys, monkeypatch):
+    monkeypatch.setattr(candidates, "settings", lambda case, where: iter(()))
+    real, calls = tune.Trial.run, []
+
+    def run(trial):
+        calls.append(trial)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(trial)
+
+    monkeypatch.setattr(tune.Trial, "run", run)
+    assert (
+        cli.main(["tune", "--device", "cpu", "--op", "layer_norm", "--op", "add_layer_norm", "--shape", "M8,N64"])
+        == 130
+    )
+    assert len(store.load(CPU)) == 1
+    assert "layer_norm float32 M8 N64" in capsys.readouterr().out
+
+
+def test_export_and_import(cache, tmp_path, capsys):
+    path = keep(banded(), entry(eager_rows=48))
+    exported = tmp_path / "exported.json"
+    assert cli.main(["tune", "--device", "cpu", "--export", str(exported)]) == 0
+    path.unlink()
+    assert cli.main(["tune", "--device", "cpu", "--import", str(exported)]) == 0
+    assert store.load(CPU) == {banded(): entry(eager_rows=48)}
+    document = json.loads(exported.read_text())
+    document["facts"]["device"] = "another"
+    exported.write_text(json.dumps(document | {"checksum": store.checksum(document)}))
+    capsys.readouterr()
+    assert cli.main(["tune", "--device", "cpu", "--import", str(exported)]) == 2
+    assert "is of a another, this is a" in capsys.readouterr().err
+
+
+def test_models():
+    cases = recorded.cases_of_model("gpt2", "bfloat16")
+    assert {(case.op, case.label) for case in cases} >= {
+        ("attention", "B16 H12 T1024 D64"),
+        ("add_layer_norm", "M16384 N768"),
+        ("linear_cross_entropy", "M16384 N768 V50257"),
+        ("mlp", "M16384 N768"),
+    }
+    config = gk.GPTConfig(layers=1, heads=2, width=32, context=32, vocabulary=64)
+    model = gk.GPT(config).bfloat16()
+    found = gk.tune(model, torch.randint(64, (2, 32)), budget=60)
+    assert {each.op for each in found} >= {"attention", "mlp"}
+    assert found.keys() == store.load(CPU).keys()
+    with pytest.raises(ValueError, match="calls no op of gptkernels"):
+        gk.tune(torch.nn.Linear(3, 3), torch.zeros(1, 3))
+
+
+@pytest.mark.skipif(simulator.unavailable() is not None, reason="the simulator is not installed")
+def test_on_the_simulator(monkeypatch):
+    """Triton's kernels, by the instructions that they execute: a worse launch table is found out."""
+    monkeypatch.setattr(norm_kernels, "FWD_LAUNCH", {65536: (4, 0, 16)})
+    values = ((1, 0, 4), (4, 0, 16))
+    settings = [candidates.Setting("layer_norm_fwd", "triton", "fwd", values)]
+    monkeypatch.setattr(candidates, "settings", lambda case, where: iter(settings))
+    case = Case.of("layer_norm", "bfloat16", ("fwd", "bwd"), M=5, N=64)
+    with Workers("simulator") as workers:
+        trial = tune.Trial(case, "simulator", workers, deadline=float("inf"))
+        trial.run()
+    found = trial.entry()
+    backends = {"triton", "eager", "torch"} | ({"cuda"} if not simulator.cuda_unavailable() else set())
+    assert {name for name, _ in found["order"]} >= backends - {"torch"}
+    assert not found["failed"], found["failed"]
+    assert trial.of == CallClass("layer_norm", ("bfloat16",), {"M": 5, "N": 64})
+
+
+def test_the_lock_is_not_the_builds():
+    with store.writing(CPU), cuda_build.locked(cuda_build.cache_root() / "lock", 0.1):
+        pass
