@@ -178,8 +178,7 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
     arguments = checked(call)
     name, reasons = choose(call, arguments)
     describe = getattr(call.backends[name], "describe", None) if name else None
-    told = [
-        describe(*arguments) if describe else "",
-        choices.told(call.op, arguments) if call.backend == "auto" else "",
-    ]
-    return Choice(call.op, name, reasons, "; ".join(filter(None, told)))
+    details = [describe(*arguments)] if describe else []
+    if call.backend == "auto":
+        details.append(choices.told(call.op, arguments))
+    return Choice(call.op, name, reasons, "; ".join(filter(None, details)))

@@ -16,12 +16,12 @@ import gptkernels as gk
 from gptkernels import cli, cuda_build, files, simulator
 from gptkernels.bench.cases import Case
 from gptkernels.failures import UsageError
-from gptkernels.ops.layer_norm import triton_kernels as norm_kernels
 from gptkernels.tuning import candidates, choices, classes, recorded, store, tune
 from gptkernels.tuning.classes import CallClass
 from gptkernels.tuning.workers import Workers
 
 CPU = torch.device("cpu")
+LIBRARIES = os.environ.get("GPTKERNELS_CACHE")  # where the CUDA library may be
 SMALL = "B1,H2,T192,D16,W24"
 CASE = Case.of("attention", "float32", ("fwd", "bwd"), B=1, H=2, T=192, D=16, W=24)
 FAULTY = (sys.executable, str(Path(__file__).parent / "faulty_tuning_worker.py"))
@@ -103,7 +103,7 @@ def test_what_makes_no_sense(arguments, words, capsys):
 def test_dry_run_lists_and_measures_nothing(cache, capsys):
     assert cli.main(["tune", "--device", "cpu", "--dry-run"]) == 0
     assert "eager_rows: 4" in capsys.readouterr().out
-    assert cli.main(["tune", "--device", "cuda", "--dry-run", "--model", "gpt3-xl"]) == 0
+    assert cli.main(["tune", "--device", "cuda", "--dry-run", "--model", "gpt3-1.3b"]) == 0
     out = capsys.readouterr().out
     assert "cuda, triton, eager, torch" in out
     assert "attention_dkdv_tma" in out
@@ -280,19 +280,22 @@ def test_models():
 
 @pytest.mark.skipif(simulator.unavailable() is not None, reason="the simulator is not installed")
 def test_on_the_simulator(monkeypatch):
-    """Triton's kernels, by the instructions that they execute: a worse launch table is found out."""
-    monkeypatch.setattr(norm_kernels, "FWD_LAUNCH", {65536: (4, 0, 16)})
-    values = ((1, 0, 4), (4, 0, 16))
-    settings = [candidates.Setting("layer_norm_fwd", "triton", "fwd", values)]
+    """Triton's kernels by the instructions that they execute, each row of the launch table proved right before."""
+    if LIBRARIES is None:
+        monkeypatch.delenv("GPTKERNELS_CACHE")
+    else:
+        monkeypatch.setenv("GPTKERNELS_CACHE", LIBRARIES)
+    settings = [candidates.Setting("layer_norm_fwd", "triton", "fwd", ((4, 0, 16), (1, 0, 1), (1, 0, 8)))]
     monkeypatch.setattr(candidates, "settings", lambda case, where: iter(settings))
     case = Case.of("layer_norm", "bfloat16", ("fwd", "bwd"), M=5, N=64)
     with Workers("simulator") as workers:
         trial = tune.Trial(case, "simulator", workers, deadline=float("inf"))
         trial.run()
     found = trial.entry()
-    backends = {"triton", "eager", "torch"} | ({"cuda"} if not simulator.cuda_unavailable() else set())
-    assert {name for name, _ in found["order"]} >= backends - {"torch"}
-    assert not found["failed"], found["failed"]
+    assert not found["failed"]
+    times = dict(found["order"])
+    assert times.keys() == {"triton", "eager", "torch"} | (set() if simulator.cuda_unavailable() else {"cuda"})
+    assert found["settings"] == {"layer_norm_fwd": (1, 0, 1)}  # one warp to a row has the least to do
     assert trial.of == CallClass("layer_norm", ("bfloat16",), {"M": 5, "N": 64})
 
 
