@@ -9,6 +9,7 @@ Each step is a process of its own, so that a crash or a hang costs no more than 
 written after every case. A second run into the same folder does what the first had no time for.
     suite.json          the steps, their commands, exit status, seconds
     check.json          every op, backend and dtype against the float64 reference
+    tune.json           gptkernels tune, where --only has `tune`: bench and profile after it go by what it found
     bench.json          gptkernels bench --suite headline
     profile-MODEL.json  gptkernels profile
     log.txt             what the steps printed
@@ -54,6 +55,8 @@ def plan(out: Path, device: str) -> list[Step]:
         Step("check", worker, 75, 90, "check.json", "check", profiles),
         Step("bench", [*bench, "--json", str(out / "bench.json")], 260, 600, "bench.json", "bench", profiles),
     ]
+    tune = [*GPTKERNELS, "tune", "--device", device, "--budget", "180", "--json", str(out / "tune.json")]
+    steps.append(Step("tune", tune, 240, 480, group="tune"))
     for model, name in zip(MODELS, profiles, strict=True):
         command = [*GPTKERNELS, "profile", "--model", model, "--device", device, "--json", str(out / f"{name}.json")]
         steps.append(Step(name, command, 30 if model == "gpt2" else 40, 90, group="profile"))
@@ -77,7 +80,7 @@ def main() -> int:
     known = plan(options.out, options.device)
     unknown = sorted(set(groups) - {step.group for step in known})
     if unknown:
-        parser.error(f"--only must be of build, check, bench, profile, not {unknown[0]!r}")
+        parser.error(f"--only must be of build, check, tune, bench, profile, not {unknown[0]!r}")
     steps = [step for group in groups for step in known if step.group == group]
     if options.dry_run:
         print_plan(steps, options.budget_s)

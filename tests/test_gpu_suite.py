@@ -41,7 +41,7 @@ def test_the_plan(suite_module, tmp_path, capsys, monkeypatch):
         assert step in out
     assert "build" not in out
     steps = suite_module.plan(tmp_path, "cuda")
-    assert sum(step.expected_s for step in steps) <= 540
+    assert sum(step.expected_s for step in steps if step.group != "tune") <= 540  # tuning takes a run of its own
     assert [step.group for step in steps][:3] == ["build", "check", "bench"]
 
 

@@ -112,7 +112,7 @@ def cases_of(options: Namespace, device: torch.device) -> list[Case]:
     elif options.shape:
         found = suites.of_shape(ops, parse_shape(options.shape), (usual,), ())
     else:
-        found = suites.suite("quick" if device.type == "cpu" else "headline", device, (usual,))
+        found = suites.suite("quick", device, (usual,))
     return list(dict.fromkeys(case.with_passes(passes_of(case)) for case in found if case.op in ops))
 
 

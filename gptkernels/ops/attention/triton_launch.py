@@ -1,5 +1,5 @@
 """Launch tables of the attention kernels: the largest tiles that compile without spills under Triton 3.6 and 3.8.
-benchmarks/tune_attention.py measures them on a GPU, which has not happened yet.
+benchmarks/attention_rows.py finds them; `gptkernels tune` finds better ones on the GPU at hand.
 
 By bytes per element, kernel and head size: BLOCK_M, BLOCK_N, warps, stages. Head sizes are the rows' own or the next
 larger ones: 48, 96 and 192 stand for heads in two parts (see triton_blocks.py).

@@ -61,7 +61,7 @@ def cross_entropy_kernel(
             tl.store(logits_ptr + column, grad.to(logits_ptr.dtype.element_ty), mask=column < V)
 
 
-# Longest row -> (BLOCK, num_warps); benchmarks/tune_linear_cross_entropy.py measures them on a GPU.
+# Longest row -> (BLOCK, num_warps)
 LAUNCH = {1024: (1024, 4), 8192: (2048, 8), 2**31: (4096, 16)}
 
 

