@@ -83,6 +83,8 @@ def unsupported(device: torch.device, only_arch: int | None = None) -> str | Non
     Hopper's own instructions, which no other GPU has; the others run from 80 on."""
     if device.type != "cuda" and not hardware.is_simulated(device):
         return f"runs on CUDA tensors, not {device.type}"
+    if device.type == "cuda" and torch.version.hip:
+        return hardware.ROCM
     arch = hardware.arch(device)
     if arch < 80 or only_arch not in (None, arch):
         wanted = "8.0 or newer" if only_arch is None else f"{only_arch / 10} alone"

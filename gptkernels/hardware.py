@@ -34,10 +34,14 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+ROCM = "is for NVIDIA's GPUs; this is PyTorch for ROCm, where eager runs"
+
+
 @constant_under_compile
 def arch(device: torch.device) -> int:
-    """Compute capability as a number: 80, 89, 90, 100; 0 where there is none."""
-    if device.type == "cuda":
+    """Compute capability as a number: 80, 89, 90, 100; 0 where there is none, as on AMD's GPUs, which PyTorch calls cuda
+    as well."""
+    if device.type == "cuda" and not torch.version.hip:
         properties = _properties(_index(device))
         return properties.major * 10 + properties.minor
     return simulated_arch or 0 if device.type == "cpu" else 0
@@ -57,6 +61,8 @@ def triton_unsupported(device: torch.device) -> str | None:
         from triton import knobs
     except ImportError:
         return "triton is not installed (pip install 'triton>=3.6,<3.9')"
+    if device.type == "cuda" and torch.version.hip:
+        return ROCM
     if device.type == "cuda":
         return None if arch(device) >= 80 else f"needs compute capability 8.0, this GPU has {arch(device) / 10}"
     if is_simulated(device) or (device.type == "cpu" and knobs.runtime.interpret):

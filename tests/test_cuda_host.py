@@ -10,7 +10,7 @@ import torch
 from conftest import skip_without_library
 
 import gptkernels as gk
-from gptkernels import cuda_library, simulator
+from gptkernels import cuda_library, hardware, simulator
 from gptkernels.ops.attention import cuda_kernels as attention_kernels
 from gptkernels.ops.mlp import cuda_kernels as mlp_kernels
 
@@ -127,6 +127,15 @@ def test_an_older_driver_is_refused_by_name():
             cuda_library._driver_too_old.cache_clear()
     assert choice.backend == "triton"
     assert reason in choice.reasons["cuda"]
+
+
+def test_amd_gpus_are_no_hopper(monkeypatch):
+    """PyTorch for ROCm calls them cuda, with compute capabilities such as 9.4."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    gpu = torch.device("cuda", 0)
+    assert hardware.arch(gpu) == 0
+    assert "this is PyTorch for ROCm" in hardware.triton_unsupported(gpu)
+    assert "this is PyTorch for ROCm" in cuda_library.unsupported(gpu, only_arch=90)
 
 
 def test_a_driver_of_the_same_major_version_is_enough(device):
