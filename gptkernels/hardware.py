@@ -39,8 +39,8 @@ ROCM = "is for NVIDIA's GPUs; this is PyTorch for ROCm, where eager runs"
 
 @constant_under_compile
 def arch(device: torch.device) -> int:
-    """Compute capability as a number: 80, 89, 90, 100; 0 where there is none, as on AMD's GPUs, which PyTorch calls cuda
-    as well."""
+    """Compute capability as a number: 80, 89, 90, 100; 0 where there is none, as on AMD's GPUs, which PyTorch
+    calls cuda as well."""
     if device.type == "cuda" and not torch.version.hip:
         properties = _properties(_index(device))
         return properties.major * 10 + properties.minor
