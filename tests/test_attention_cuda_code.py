@@ -45,7 +45,8 @@ def test_the_instructions_that_are_meant(library):
     main = {name: text for name, text in code.items() if re.search(r"attention_[fb]wd_kernel", name)}
     assert len(main) >= 14
     for name, text in main.items():
-        for instruction in ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "SYNCS"):
+        meant = ["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS"]
+        for instruction in meant + ["UBLKCP"] * ("attention_bwd_kernel" in name):
             assert re.search(rf"\b{instruction}", text), f"{name} has no {instruction}"
         assert not re.search(r"\b(LDL|STL|HMMA)\b", text), name
         # Every product but the first of a group follows without a wait: one that ptxas serialised would not.

@@ -181,7 +181,6 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
     const uint32_t ds_row = shared + Traits::kDs + (group_key + warp * 16 + lane % 16) * Traits::kRowBytes +
                             ((lane / 16 ^ lane % 8 ^ group_query / 8) << 4);
     const uint32_t dq_to = shared + Traits::kDq + group * Traits::kDqBytes + threadIdx.x % kWarpgroup * 16;
-    const uint32_t out_rows = shared + Traits::kOut + group * Traits::kOutBytes + warp * 16 * Traits::kOutPitch;
     const float scale = shape.scale * 1.44269504088896f;
 
     float dk[kGradients], dv[kGradients];
@@ -222,28 +221,15 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             stmatrix_x4((row ^ (j / 2 % 8 << 4)) + j / 16 * kPanelBytes, packed[j], packed[j + 1], packed[j + 2],
                         packed[j + 3]);
     };
-    auto store_rows = [&](const float (&gradient)[kGradients], float factor, void* to, const AttentionStrides& strides,
+    auto store_rows = [&](const float (&gradient)[kGradients], float factor, const AttentionOutput& to,
                           const AttentionTile& tile) {
         bulk_wait_read();
         __syncwarp();
-#pragma unroll
-        for (int i = 0; i < kGradients; i += 8) {
-            uint32_t packed[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                packed[j] = pack<T>(gradient[i + 2 * j] * factor, gradient[i + 2 * j + 1] * factor);
-            stmatrix_x4(out_rows + lane % 16 * Traits::kOutPitch + lane / 16 * 16 + i * 4, packed[0], packed[1],
-                        packed[2], packed[3]);
-        }
-        fence_async_proxy();
-        __syncwarp();
-        const int row = tile.block * Traits::kBlockN + group_key + warp * 16 + lane;
-        const int columns = min(shape.head_dim - group_column, Traits::kGradientColumns);
-        if (lane < 16 && row < tile.k_len)
-            bulk_store(static_cast<T*>(to) + (shape.cu_seqlens ? 0 : tile.batch * strides.batch) +
-                           tile.head * strides.head + (tile.k_row + int64_t(row)) * strides.row + group_column,
-                       out_rows + lane * Traits::kOutPitch, 2 * columns);
-        bulk_commit();
+        const int row = tile.block * Traits::kBlockN + group_key + warp * 16;
+        store_warp_rows<T, Traits::kPanel>(
+            gradient, {factor, factor},
+            base + Traits::kOut + group * Traits::kOutBytes + warp * (Traits::kOutBytes / 4), to, shape, tile,
+            tile.k_row + row, tile.k_len - row, group_column);
     };
 
     // The order of the accumulator's registers is as good as any: the last pass adds the shares up and sorts them out.
@@ -406,8 +392,8 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             store_share(dv, args.workspace.dv_shares, tile);
             store_share(dk, args.workspace.dk_shares, tile);
         } else {
-            store_rows(dv, 1.f, args.dv, args.dv_strides, tile);
-            store_rows(dk, shape.scale, args.dk, args.dk_strides, tile);
+            store_rows(dv, 1.f, args.dv, tile);
+            store_rows(dk, shape.scale, args.dk, tile);
         }
         if constexpr (Traits::kSplitColumns) bulk_wait_read();
         __syncwarp();

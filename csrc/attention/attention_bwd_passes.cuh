@@ -42,8 +42,12 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     }
 
     const int column = threadIdx.x % kRowThreads * 8;
+    const int64_t first_lse = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
+                                               : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
+#pragma unroll 1  // few registers: an SM takes as many CTAs as it has threads for, which hides the loads better
     for (int i = threadIdx.x / kRowThreads; i < kBlockM; i += blockDim.x / kRowThreads) {
         const int row = tile.block * kBlockM + i;
+        const float lse = column == 0 && row < tile.q_len ? args.lse[first_lse + row] : -INFINITY;
         float delta = 0.f;
         if (row < tile.q_len && column < shape.head_dim) {
             const T* out =
@@ -58,9 +62,6 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
 #pragma unroll
         for (int step = kRowThreads / 2; step; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
         if (column == 0) {
-            const int64_t first = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
-                                                   : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
-            const float lse = row < tile.q_len ? args.lse[first + row] : -INFINITY;
             args.workspace.delta[slot * kBlockM + i] = delta;
             args.workspace.minus_lse[slot * kBlockM + i] = lse == -INFINITY ? -INFINITY : -1.44269504088896f * lse;
         }
@@ -184,10 +185,11 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     args.order =
         attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
                              int64_t(shape.q_len) * HeadDim * 8 * args.group, params.dq_order == DqOrder::kDescending);
-    args.dk_strides = params.dk_strides;
-    args.dv_strides = params.dv_strides;
-    args.dk = params.dk;
-    args.dv = params.dv;
+    auto output = [&](const char* tensor, void* data, const AttentionStrides& strides) {
+        return AttentionOutput{map(tensor, data, strides, shape.kv_heads, shape.k_len, 16), data, strides};
+    };
+    args.dk = output("dk", params.dk, params.dk_strides);
+    args.dv = output("dv", params.dv, params.dv_strides);
     args.workspace = pass.workspace;
     args.dq_order = params.dq_order;
 

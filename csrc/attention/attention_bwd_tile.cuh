@@ -95,8 +95,7 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kDqPieces = kSplitColumns ? 4 : 1;  // what of dq goes out at a time
     static constexpr int kDqRegisters = kDqColumns / 2 / kDqPieces;
     static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
-    static constexpr int kOutPitch = 2 * kGradientColumns + 16;
-    static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
+    static constexpr int kOutBytes = 64 * 2 * kGradientColumns;  // of one warpgroup
 
     struct Shared {
         alignas(1024) char k[kKvBytes];
@@ -104,9 +103,9 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
         char q[kStages][kQBytes];
         char dout[kStages][kQBytes];
         char ds[kDsBytes];
-        char probabilities[kSplitColumns ? kDsBytes : 16];  // else in registers
         char dq[kConsumers][kDqBytes];
-        char out[kSplitColumns ? 16 : kConsumers * kOutBytes];  // else over k and v
+        // Columns split: exponentials, which else stay in registers. Else: rows on their way out, which go over k and v.
+        char exponentials_or_out[kSplitColumns ? kDsBytes : kConsumers * kOutBytes];
         float lse[kStages][kBlockM], delta[kStages][kBlockM];
         AttentionTile tiles[2];
         uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
@@ -116,8 +115,8 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     };
     static constexpr uint32_t kK = offsetof(Shared, k), kV = offsetof(Shared, v);
     static constexpr uint32_t kQ = offsetof(Shared, q), kDout = offsetof(Shared, dout);
-    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, probabilities);
-    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : offsetof(Shared, out);
+    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, exponentials_or_out);
+    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : kProbabilities;
     static constexpr uint32_t kLse = offsetof(Shared, lse), kDelta = offsetof(Shared, delta);
     static constexpr uint32_t kTiles = offsetof(Shared, tiles);
     static constexpr uint32_t kQFull = offsetof(Shared, q_full), kQEmpty = offsetof(Shared, q_empty);
@@ -135,8 +134,7 @@ struct AttentionBwdArguments {
     AttentionShape shape;
     AttentionTileOrder order;  // over blocks of keys, of each part of each key head
     int group;                 // query heads of a part
-    AttentionStrides dk_strides, dv_strides;
-    void *dk, *dv;
+    AttentionOutput dk, dv;
     AttentionBwdWorkspace workspace;
     DqOrder dq_order;
 };

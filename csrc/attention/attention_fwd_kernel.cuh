@@ -21,16 +21,13 @@ struct AttentionFwdTraits {
     static constexpr int kPanels = HeadDim / kPanel;
     static constexpr int kRowBytes = 2 * kPanel;
     static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
-    static constexpr int kQBytes = 2 * 64 * HeadDim;    // of one warpgroup
-    static constexpr int kOutPitch = 2 * HeadDim + 16;  // an odd number of 16-byte units: no bank conflicts
-    static constexpr int kOutBytes = 64 * kOutPitch;    // of one warpgroup
-    static constexpr int kQSlot = kOutOverQ ? (kOutBytes + 1023) / 1024 * 1024 : kQBytes;
+    static constexpr int kQBytes = 2 * 64 * HeadDim;  // of one warpgroup, as its output
 
     struct Shared {
         alignas(1024) char k[kStages][kKvBytes];
         char v[kStages][kKvBytes];
-        char q[kQStages][kConsumers][kQSlot];
-        char out[kOutOverQ ? 16 : kConsumers * kOutBytes];
+        char q[kQStages][kConsumers][kQBytes];
+        char out[kOutOverQ ? 16 : kConsumers * kQBytes];
         AttentionTile tiles[2];
         uint64_t q_full[kQStages], q_empty[kQStages];
         uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -38,22 +35,20 @@ struct AttentionFwdTraits {
     };
     static constexpr uint32_t kK = offsetof(Shared, k), kV = offsetof(Shared, v), kQ = offsetof(Shared, q);
     static constexpr uint32_t kOut = kOutOverQ ? kQ : offsetof(Shared, out);
-    static constexpr int kOutSlot = kOutOverQ ? kQSlot : kOutBytes;
     static constexpr uint32_t kTiles = offsetof(Shared, tiles);
     static constexpr uint32_t kQFull = offsetof(Shared, q_full), kQEmpty = offsetof(Shared, q_empty);
     static constexpr uint32_t kKFull = offsetof(Shared, k_full), kKEmpty = offsetof(Shared, k_empty);
     static constexpr uint32_t kVFull = offsetof(Shared, v_full), kVEmpty = offsetof(Shared, v_empty);
     static constexpr uint32_t kTileFull = offsetof(Shared, tile_full), kTileEmpty = offsetof(Shared, tile_empty);
     static constexpr int kSharedBytes = sizeof(Shared);
-    static_assert(kSharedBytes <= 232448 && kKvBytes % 1024 == 0 && kQSlot % 1024 == 0, "");
+    static_assert(kSharedBytes <= 232448 && kKvBytes % 1024 == 0 && kQBytes % 1024 == 0, "");
 };
 
 struct AttentionFwdArguments {
     CUtensorMap q, k, v;
+    AttentionOutput out;
     AttentionShape shape;
     AttentionTileOrder order;
-    AttentionStrides out_strides;
-    void* out;
     float* lse;
     int* tile_counter;
 };
@@ -100,7 +95,7 @@ __device__ __forceinline__ void attention_fwd_produce(const AttentionFwdArgument
             for (int w = 0; w < Traits::kConsumers; ++w)
 #pragma unroll
                 for (int p = 0; p < Traits::kPanels; ++p)
-                    tma_load_4d(shared + Traits::kQ + (q_place.stage() * Traits::kConsumers + w) * Traits::kQSlot +
+                    tma_load_4d(shared + Traits::kQ + (q_place.stage() * Traits::kConsumers + w) * Traits::kQBytes +
                                     p * 64 * Traits::kRowBytes,
                                 &args.q, q_full, p * Traits::kPanel, tile.q_row + query + 64 * w, tile.head, batch);
             // K runs one block ahead of V, as the scores run ahead of the output.
@@ -130,8 +125,7 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
     const uint64_t k_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kK);
     const uint64_t v_operand =
         operand_depth_across_rows<Traits::kRowBytes>(shared + Traits::kV, Traits::kBlockN * Traits::kRowBytes);
-    const uint64_t q_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kQ + group * Traits::kQSlot);
-    const uint32_t out_rows = shared + Traits::kOut + group * Traits::kOutSlot + warp * 16 * Traits::kOutPitch;
+    const uint64_t q_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kQ + group * Traits::kQBytes);
 
     float scores[kScores], output[kOutputs];
     uint32_t probabilities[kScores / 2];  // exponentials, packed: operand A of the second product
@@ -143,7 +137,7 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
         if (lane == 0) mbarrier_arrive(shared + barrier);
     };
     auto multiply_scores = [&] {
-        const uint64_t a = q_operand + (q_place.stage() * Traits::kConsumers * Traits::kQSlot >> 4);
+        const uint64_t a = q_operand + (q_place.stage() * Traits::kConsumers * Traits::kQBytes >> 4);
         const uint64_t b = k_operand + (k_place.stage() * Traits::kKvBytes >> 4);
         wgmma_fence();
 #pragma unroll
@@ -265,32 +259,16 @@ __device__ __forceinline__ void attention_fwd_consume(const AttentionFwdArgument
         if (!Traits::kOutOverQ) arrive(Traits::kQEmpty + 8 * q_place.stage());
         softmax.finish();
 
-        // Rows go out through shared memory, one bulk copy each, so that none runs into the next sequence.
         if (Traits::kOutOverQ)
             named_barrier_sync(kGroup + group, kWarpgroup);  // all four warps have read Q
         else
             bulk_wait_read();
         __syncwarp();
         const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
-#pragma unroll
-        for (int i = 0; i < kOutputs; i += 8) {
-            uint32_t packed[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                packed[j] = pack<T>(output[i + 2 * j] * inverse[j % 2], output[i + 2 * j + 1] * inverse[j % 2]);
-            stmatrix_x4(out_rows + lane % 16 * Traits::kOutPitch + lane / 16 * 16 + i * 4, packed[0], packed[1],
-                        packed[2], packed[3]);
-        }
-        fence_async_proxy();
-        __syncwarp();
-        const int out_row = group_row + warp * 16 + lane;
-        if (lane < 16 && out_row < tile.q_len) {
-            const AttentionStrides& strides = args.out_strides;
-            T* to = static_cast<T*>(args.out) + (shape.cu_seqlens ? 0 : tile.batch * strides.batch) +
-                    tile.head * strides.head + (tile.q_row + int64_t(out_row)) * strides.row;
-            bulk_store(to, out_rows + lane * Traits::kOutPitch, 2 * shape.head_dim);
-        }
-        bulk_commit();
+        const int out_row = group_row + warp * 16;
+        store_warp_rows<T, Traits::kPanel>(output, inverse,
+                                           base + Traits::kOut + group * Traits::kQBytes + warp * 32 * HeadDim, args.out,
+                                           shape, tile, tile.q_row + out_row, tile.q_len - out_row, 0);
         const int64_t lse_row = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
                                                  : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
 #pragma unroll
@@ -317,6 +295,7 @@ __global__ void __launch_bounds__(AttentionFwdTraits<HeadDim>::kThreads, 1)
         prefetch_tensor_map(&args.q);
         prefetch_tensor_map(&args.k);
         prefetch_tensor_map(&args.v);
+        prefetch_tensor_map(&args.out.map);
         constexpr int kWarps = 4 * Traits::kConsumers;
         for (int i = 0; i < Traits::kQStages; ++i) {
             mbarrier_init(shared + Traits::kQFull + 8 * i, 1);
@@ -357,11 +336,10 @@ void attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream)
     args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, 64);
     args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
     args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
+    args.out = {map("out", params.out, params.out_strides, shape.heads, shape.q_len, 16), params.out, params.out_strides};
     args.shape = shape;
     args.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM,
                                       int64_t(shape.k_len) * HeadDim * 4 * shape.kv_heads / shape.heads, true);
-    args.out_strides = params.out_strides;
-    args.out = params.out;
     args.lse = params.lse;
     args.tile_counter = params.tile_counter;
     const int64_t tiles = attention_tile_count(shape, args.order, shape.q_len, Traits::kBlockM);
