@@ -102,32 +102,27 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
             for (int m = blocks.begin; m < blocks.end; ++m) {
                 int* added = args.workspace.added + first + m;
                 float* dq = args.workspace.dq + (first + m) * (Traits::kBlockM * HeadDim);
-                int before = -1;  // blocks that add before this one
-                if (args.dq_order != DqOrder::kAny) {
-                    const BlockRange adding = adding_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile, m);
-                    before =
-                        args.dq_order == DqOrder::kAscending ? tile.block - adding.begin : adding.end - 1 - tile.block;
+                const int before = adding_before<HeadDim>(args, tile, m);
+                if (before >= 0) {
                     while (load_acquire(added) != before) {
                     }
                     fence_async_proxy_global();
                 }
 #pragma unroll 1
-                for (int piece = 0; piece < Traits::kDqPieces; ++piece) {
-                    for (int w = 0; w < Traits::kConsumers; ++w) {
-                        mbarrier_wait(shared + Traits::kDqFull + 8 * w, place.parity());
-                        float* to = dq + (w * Traits::kDqPieces + piece) * (Traits::kDqBytes / 4);
-                        const uint32_t from = shared + Traits::kDq + w * Traits::kDqBytes;
-                        if (before == 0)
-                            bulk_store(to, from, Traits::kDqBytes);
-                        else
-                            bulk_reduce_add(to, from, Traits::kDqBytes);
-                        bulk_commit();
-                        bulk_wait_read();
-                        mbarrier_arrive(shared + Traits::kDqEmpty + 8 * w);
-                    }
-                    place.advance();
+                for (int w = 0; w < Traits::kConsumers; ++w) {
+                    mbarrier_wait(shared + Traits::kDqFull + 8 * w, place.parity());
+                    float* to = dq + w * (Traits::kDqBytes / 4);
+                    const uint32_t from = shared + Traits::kDq + w * Traits::kDqBytes;
+                    if (before == 0)
+                        bulk_store(to, from, Traits::kDqBytes);
+                    else
+                        bulk_reduce_add(to, from, Traits::kDqBytes);
+                    bulk_commit();
+                    bulk_wait_read();
+                    mbarrier_arrive(shared + Traits::kDqEmpty + 8 * w);
                 }
-                if (args.dq_order != DqOrder::kAny) {
+                place.advance();
+                if (before >= 0) {
                     bulk_wait();
                     fence_async_proxy_global();
                     red_release_add(added, 1);
@@ -243,6 +238,40 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             to[j / 4 * kWarpgroup] = float4{gradient[j], gradient[j + 1], gradient[j + 2], gradient[j + 3]};
     };
 
+    // In the order of the accumulator's registers, too. Where the order of additions is fixed, each warp keeps it for its
+    // own part.
+    auto add_dq = [&](const float (&dq)[Traits::kDqRegisters], int64_t dq_slot, int before) {
+        constexpr int kWarps = 4 * Traits::kConsumers;
+        int* added = args.workspace.added + dq_slot;
+        while (before > 0 && load_acquire(added) < kWarps * before) {
+        }
+        float4* to = reinterpret_cast<float4*>(args.workspace.dq + (2 * dq_slot + group) * (Traits::kDqBytes / 4)) +
+                     threadIdx.x % kWarpgroup;
+        auto each_float4 = [&](auto put) {
+#pragma unroll
+            for (int j = 0; j < Traits::kDqRegisters; j += 4)
+                put(to + j / 4 * kWarpgroup, float4{dq[j], dq[j + 1], dq[j + 2], dq[j + 3]});
+        };
+        if (before == 0)
+            each_float4([](float4* at, float4 x) { *at = x; });
+        else
+            each_float4([](float4* at, float4 x) { red_add(at, x); });
+        __syncwarp();
+        if (before >= 0 && lane == 0) red_release_add(added, 1);
+    };
+    // To the warp that adds it.
+    auto hand_over_dq = [&](const float (&dq)[Traits::kDqRegisters]) {
+        mbarrier_wait(shared + Traits::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
+        dq_place.advance();
+#pragma unroll
+        for (int j = 0; j < Traits::kDqRegisters; j += 4)
+            *reinterpret_cast<float4*>(base + (dq_to - shared) + j * 4 * kWarpgroup) =
+                float4{dq[j], dq[j + 1], dq[j + 2], dq[j + 3]};
+        fence_async_proxy();
+        __syncwarp();
+        arrive(Traits::kDqFull + 8 * group);
+    };
+
     while (true) {
         mbarrier_wait(shared + Traits::kTileFull + 8 * slot.stage(), slot.parity());
         // Stays in shared memory: the loop has no registers for it.
@@ -271,8 +300,9 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
         }
         const int iterations = (blocks.end - blocks.begin) * args.group;
         int m = blocks.begin;
+        int64_t dq_slot = first_slot<Traits::kBlockM>(shape, args.workspace, tile, tile.head * args.group) + m;
         for (int i = 0; i < iterations; ++i) {
-            float scores[kScores], dscores[kScores], dq[Traits::kDqColumns / 2];
+            float scores[kScores], dscores[kScores], dq[Traits::kDqRegisters];
             uint32_t probabilities[kScores / 2], packed[kScores / 2];
             auto pack_probabilities = [&] {
 #pragma unroll
@@ -361,20 +391,10 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             wgmma_wait<kDvLast ? 2 : 1>();
             pin(dq);
             if constexpr (!kDvLast) release_dout();
-#pragma unroll
-            for (int piece = 0; piece < Traits::kDqPieces; ++piece) {
-                mbarrier_wait(shared + Traits::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
-                dq_place.advance();
-#pragma unroll
-                for (int j = 0; j < Traits::kDqRegisters; j += 4) {
-                    const float* x = dq + piece * Traits::kDqRegisters + j;
-                    *reinterpret_cast<float4*>(base + (dq_to - shared) + j * 4 * kWarpgroup) =
-                        float4{x[0], x[1], x[2], x[3]};
-                }
-                fence_async_proxy();
-                __syncwarp();
-                arrive(Traits::kDqFull + 8 * group);
-            }
+            if constexpr (Traits::kDirectDq)
+                add_dq(dq, dq_slot, adding_before<HeadDim>(args, tile, m));
+            else
+                hand_over_dq(dq);
 
             wgmma_wait<0>();
             if constexpr (kDvLast) release_dout();
@@ -382,7 +402,11 @@ __device__ __forceinline__ void attention_bwd_consume(const AttentionBwdArgument
             pin(packed);
             arrive(Traits::kQEmpty + 8 * place.stage());
             place.advance();
-            if (++m == blocks.end) m = blocks.begin;
+            ++dq_slot;
+            if (++m == blocks.end) {
+                dq_slot += args.workspace.slots_per_head - (m - blocks.begin);
+                m = blocks.begin;
+            }
         }
         if constexpr (Traits::kSplitColumns)
             named_barrier_sync(kEveryGroup, 2 * kWarpgroup);  // rows go out over K and V
@@ -429,7 +453,7 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
         }
         for (int i = 0; i < 2; ++i) {
             mbarrier_init(shared + Traits::kTileFull + 8 * i, 1);
-            mbarrier_init(shared + Traits::kTileEmpty + 8 * i, kWarps + 1);
+            mbarrier_init(shared + Traits::kTileEmpty + 8 * i, kWarps + !Traits::kDirectDq);
         }
         mbarrier_init(shared + Traits::kKvFull, 1);
         mbarrier_init(shared + Traits::kKvEmpty, kWarps);
@@ -440,7 +464,7 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
     if (warp < 4) {
         give_registers<Traits::kProducerRegisters>();
         if (warp == 0) attention_bwd_produce<HeadDim>(args, base);
-        if (warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, base);
+        if (!Traits::kDirectDq && warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, base);
     } else {
         take_registers<Traits::kConsumerRegisters>();
         attention_bwd_consume<T, HeadDim>(args, base, warp / 4 - 1);

@@ -16,7 +16,7 @@ struct AttentionBwdBlock {
 struct AttentionBwdWorkspace {
     int64_t slots_per_head;  // of one batch entry; of all documents with cu_seqlens
     int* tile_counter;
-    int* added;        // (slots,): how many blocks of keys have added to dq, where their order is fixed
+    int* added;        // (slots,): how many blocks of keys, or warps, have added to dq, where their order is fixed
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
     float* delta;      // (slots, kBlockM): row sums of out * dout
     float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
@@ -92,8 +92,9 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kQBytes = 2 * kBlockM * HeadDim;
     static constexpr int kStatisticsBytes = 4 * kBlockM;
     static constexpr int kDsBytes = 2 * kBlockM * kBlockN;
-    static constexpr int kDqPieces = kSplitColumns ? 4 : 1;  // what of dq goes out at a time
-    static constexpr int kDqRegisters = kDqColumns / 2 / kDqPieces;
+    // Whether dq goes out straight from registers, where shared memory has no room for it. Else through a warp of its own.
+    static constexpr bool kDirectDq = kSplitColumns;
+    static constexpr int kDqRegisters = kDqColumns / 2;
     static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
     static constexpr int kOutBytes = 64 * 2 * kGradientColumns;  // of one warpgroup
 
@@ -103,9 +104,9 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
         char q[kStages][kQBytes];
         char dout[kStages][kQBytes];
         char ds[kDsBytes];
-        char dq[kConsumers][kDqBytes];
         // Columns split: exponentials, which else stay in registers. Else: rows on their way out, which go over k and v.
         char exponentials_or_out[kSplitColumns ? kDsBytes : kConsumers * kOutBytes];
+        char dq[kDirectDq ? 16 : kConsumers * kDqBytes];
         float lse[kStages][kBlockM], delta[kStages][kBlockM];
         AttentionTile tiles[2];
         uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
@@ -178,6 +179,15 @@ __device__ __forceinline__ BlockRange adding_blocks(const AttentionShape& shape,
     const int last = visible_keys(shape, tile, min((m + 1) * BlockM, tile.q_len) - 1).last;
     if (last < 0 || min((last / BlockN + 1) * BlockN, tile.k_len) <= tile.key_start) return {0, 0};
     return {first / BlockN, last / BlockN + 1};
+}
+
+// How many blocks of keys add to a block of dq before this one; -1 where the order is not fixed.
+template <int HeadDim>
+__device__ __forceinline__ int adding_before(const AttentionBwdArguments& args, const AttentionTile& tile, int m) {
+    using Block = AttentionBwdBlock<HeadDim>;
+    if (args.dq_order == DqOrder::kAny) return -1;
+    const BlockRange adding = adding_blocks<Block::kBlockM, Block::kBlockN>(args.shape, tile, m);
+    return args.dq_order == DqOrder::kAscending ? tile.block - adding.begin : adding.end - 1 - tile.block;
 }
 
 // Queries that see a key, first ... last, both included; `last` may be before the sequence's first query.
