@@ -72,7 +72,9 @@ def main_kernel_last(tmp_path_factory):
         pytest.skip("this torch brings a CUDA runtime of its own, which libraries bind to instead of the simulator's")
     file = "attention_bwd_passes.cuh"
     text = (cuda_build.source_directory() / "attention" / file).read_text()
-    edited, count = re.subn(r"launch<attention_bwd_end_kernel<T, HeadDim>>\([^;]*;", ";", text)
+    edited, count = re.subn(
+        r"launch<attention_bwd_end_kernel<T, HeadDim>>\([^;]*;", "cudaStreamSynchronize(stream);", text
+    )
     assert count == 1
     return Builder(tmp_path_factory.mktemp("build"), "attention").build("main_last", {file: edited})
 

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     constexpr int kRowThreads = HeadDim / 8;
     const AttentionShape& shape = args.shape;
     __shared__ AttentionTile tile;
+    let_dependents_start();
     if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
     __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = args.first_tile;
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
             locate_tile<kBlockN>(shape, args.key_order, key_index / 2, &tile);
     }
     __syncthreads();
+    wait_for_prerequisite();
     if (tile.block < 0) return;
     if (key_index < 0) {
         const int64_t slot = first_slot<kBlockM>(shape, workspace, tile, tile.head) + tile.block;
@@ -203,6 +205,6 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     const unsigned last_ctas = query_blocks + (pass.workspace.splits > 1 ? 2 * key_blocks : 0);
     launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", {query_blocks, 256, 0, stream}, pass);
     launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel",
-                                             {ctas, Traits::kThreads, Traits::kSharedBytes, stream}, args);
-    launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream}, pass);
+                                             {ctas, Traits::kThreads, Traits::kSharedBytes, stream, true}, args);
+    launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream, true}, pass);
 }
