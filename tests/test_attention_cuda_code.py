@@ -144,3 +144,23 @@ def test_forward_pads_heads_no_further_than_this(library, head_dim, keys, padded
         cuda_kernels.attention_fwd(q, k, v, None, None, None, False, None, 0.1, 0.0)
         blocks = -(-300 // 128) * -(-300 // keys)
         assert counters().tensor_flops == blocks * 4 * 128 * keys * padded
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "queries", "keys", "columns"),
+    [(64, 128, 128, 5 * 64), (72, 64, 128, 4 * 96 + 128), (96, 64, 128, 4 * 96 + 128), (104, 64, 128, 5 * 128),
+     (256, 64, 64, 5 * 256)],
+)  # fmt: skip
+def test_backward_pads_heads_no_further_than_this(library, head_dim, queries, keys, columns):
+    """columns: of all five products; dq's halves are whole panels of columns"""
+    if simulator.cuda_unavailable():
+        pytest.skip(simulator.cuda_unavailable())
+    from ptxemu import timing
+
+    q, k, v, out, dout = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(5))
+    options = (None, None, None, False, None, 0.1, 0.0)
+    with simulator.use(arch=90), timing.recording() as launches:
+        cuda_kernels.attention_bwd(dout, q, k, v, out, torch.zeros(1, 1, 300), *options, False)
+    (main,) = (launch for launch in launches if "attention_bwd_kernel" in launch.kernel)
+    blocks = -(-300 // queries) * -(-300 // keys)
+    assert main.stats["tensor_flops"] == blocks * 2 * queries * keys * columns

@@ -5,59 +5,45 @@
 template <class T, int HeadDim>
 struct AttentionBwdConsumer {
     using Traits = AttentionBwdTraits<HeadDim>;
-    static constexpr int kScores = Traits::kScoreColumns / 2;         // accumulator registers
-    static constexpr int kGradients = Traits::kGradientColumns / 2;
-    static constexpr int kEveryGroup = 1;  // named barrier
+    static constexpr int kScores = Traits::kScoreColumns / 2, kGradients = Traits::kGradientColumns / 2;  // registers
+    static constexpr int kEveryGroup = 1;                                                              // named barrier
     static constexpr int kPanelBytes = Traits::kBlockN * Traits::kRowBytes;
     static constexpr int kQPanelBytes = Traits::kBlockM * Traits::kRowBytes;
 
     const AttentionBwdArguments& args;
-    const AttentionShape& shape;
     char* const base;
-    const uint32_t shared;
-    const int group, warp, lane;
+    const int group;
+    const AttentionShape& shape = args.shape;
+    const uint32_t shared = shared_address(base);
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const float scale = shape.scale * 1.44269504088896f;
     // What of the keys and of the queries this warpgroup computes scores of, and which columns of dk and dv.
-    const int group_key, group_query, group_column;
-    const float scale;     // of the scores, times log2(e)
-    const int queries_at;  // this thread's columns of the scores are 8 i + queries_at + {0, 1}
+    const int group_key = Traits::kSplitColumns ? 0 : group * 64;
+    const int group_query = Traits::kSplitColumns ? group * Traits::kScoreColumns : 0;
+    const int group_column = Traits::kSplitColumns ? group * Traits::kGradientColumns : 0;
+    const int queries_at = lane % 4 * 2;  // this thread's columns of the scores are 8 i + queries_at + {0, 1}
 
-    // Operands, by what they multiply.
-    uint64_t k_scores, v_scores, q_scores, dout_scores, q_dk, dout_dv, ds_dk, probabilities_dv, ds_dq, k_dq;
+    // Operands, by what they multiply. Depth in rows, or across the rows of panels of keys, of queries or of scores.
+    static constexpr auto in_rows = operand_depth_in_rows<Traits::kRowBytes>;
+    static constexpr auto across_rows = operand_depth_across_rows<Traits::kRowBytes>;
+    const uint32_t columns_of_q = group_column / Traits::kPanel * kQPanelBytes;
+    const uint32_t columns_of_k = Traits::kSplitDqRows ? 0 : group * Traits::kDqColumns / Traits::kPanel * kPanelBytes;
+    const uint64_t k_scores = in_rows(shared + Traits::kK + group_key * Traits::kRowBytes);
+    const uint64_t v_scores = in_rows(shared + Traits::kV + group_key * Traits::kRowBytes);
+    const uint64_t q_scores = in_rows(shared + Traits::kQ + group_query * Traits::kRowBytes);
+    const uint64_t dout_scores = in_rows(shared + Traits::kDout + group_query * Traits::kRowBytes);
+    const uint64_t q_dk = across_rows(shared + Traits::kQ + columns_of_q, kQPanelBytes);
+    const uint64_t dout_dv = across_rows(shared + Traits::kDout + columns_of_q, kQPanelBytes);
+    const uint64_t k_dq = across_rows(shared + Traits::kK + columns_of_k, kPanelBytes);
+    const uint64_t ds_dk = operand_depth_in_rows<Traits::kDsRowBytes>(shared + Traits::kDs);
+    const uint64_t probabilities_dv = operand_depth_in_rows<Traits::kDsRowBytes>(shared + Traits::kProbabilities);
+    const uint64_t ds_dq = operand_depth_across_rows<Traits::kDsRowBytes>(
+        shared + Traits::kDs + (Traits::kSplitDqRows ? group * Traits::kDsPanelBytes : 0), Traits::kDsPanelBytes);
 
     float dk[kGradients], dv[kGradients];
     RingPlace<Traits::kStages> place;
     RingPlace<2> slot;
     RingPlace<1> kv_place, dq_place, place_of_ds;
-
-    __device__ __forceinline__ AttentionBwdConsumer(const AttentionBwdArguments& args, char* base, int group)
-        : args(args),
-          shape(args.shape),
-          base(base),
-          shared(shared_address(base)),
-          group(group),
-          warp(threadIdx.x / 32 % 4),
-          lane(threadIdx.x % 32),
-          group_key(Traits::kSplitColumns ? 0 : group * 64),
-          group_query(Traits::kSplitColumns ? group * Traits::kScoreColumns : 0),
-          group_column(Traits::kSplitColumns ? group * Traits::kGradientColumns : 0),
-          scale(args.shape.scale * 1.44269504088896f),
-          queries_at(lane % 4 * 2) {
-        constexpr int kRowBytes = Traits::kRowBytes;
-        const int q_columns = group_column / Traits::kPanel * kQPanelBytes;
-        const int k_columns =
-            Traits::kSplitDqRows ? 0 : group * (Traits::kDqColumns / Traits::kPanel) * kPanelBytes;
-        k_scores = operand_depth_in_rows<kRowBytes>(shared + Traits::kK + group_key * kRowBytes);
-        v_scores = operand_depth_in_rows<kRowBytes>(shared + Traits::kV + group_key * kRowBytes);
-        q_scores = operand_depth_in_rows<kRowBytes>(shared + Traits::kQ + group_query * kRowBytes);
-        dout_scores = operand_depth_in_rows<kRowBytes>(shared + Traits::kDout + group_query * kRowBytes);
-        q_dk = operand_depth_across_rows<kRowBytes>(shared + Traits::kQ + q_columns, kQPanelBytes);
-        dout_dv = operand_depth_across_rows<kRowBytes>(shared + Traits::kDout + q_columns, kQPanelBytes);
-        ds_dk = operand_depth_in_rows<kRowBytes>(shared + Traits::kDs);
-        probabilities_dv = operand_depth_in_rows<kRowBytes>(shared + Traits::kProbabilities);
-        ds_dq = operand_depth_across_rows<kRowBytes>(
-            shared + Traits::kDs + (Traits::kSplitDqRows ? group * kPanelBytes : 0), kPanelBytes);
-        k_dq = operand_depth_across_rows<kRowBytes>(shared + Traits::kK + k_columns, kPanelBytes);
-    }
 
     __device__ __forceinline__ void run() {
         while (true) {
@@ -214,7 +200,7 @@ struct AttentionBwdConsumer {
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < Traits::kBlockN; n += 16)
-            Wgmma<Traits::kDqColumns, T, true, true>::multiply(dq, ds_dq + (n * Traits::kRowBytes >> 4),
+            Wgmma<Traits::kDqColumns, T, true, true>::multiply(dq, ds_dq + (n * Traits::kDsRowBytes >> 4),
                                                                k_dq + (n * Traits::kRowBytes >> 4), n > 0);
         wgmma_commit();
     }
@@ -262,15 +248,15 @@ struct AttentionBwdConsumer {
 
     // Swizzled: the 16-byte unit of a row is exclusive-or'ed with the row.
     __device__ __forceinline__ void store_scores(uint32_t to, const uint32_t (&packed)[kScores / 2]) {
-        const uint32_t row = shared + to + (group_key + warp * 16 + lane % 16) * Traits::kRowBytes +
+        const uint32_t row = shared + to + (group_key + warp * 16 + lane % 16) * Traits::kDsRowBytes +
                              ((lane / 16 ^ lane % 8 ^ group_query / 8) << 4);
 #pragma unroll
         for (int j = 0; j < kScores / 2; j += 4)
-            stmatrix_x4((row ^ (j / 2 % 8 << 4)) + j / 16 * kPanelBytes, packed[j], packed[j + 1], packed[j + 2],
-                        packed[j + 3]);
+            stmatrix_x4((row ^ (j / 2 % 8 << 4)) + j / 16 * Traits::kDsPanelBytes, packed[j], packed[j + 1],
+                        packed[j + 2], packed[j + 3]);
     }
 
-    // In the order of the accumulator's registers. Where the order of additions is fixed, each warp keeps it for its part.
+    // In the order of the accumulator's registers. A fixed order of additions is kept by each warp for its part.
     __device__ __forceinline__ void add_dq(const float (&dq)[Traits::kDqRegisters], int64_t dq_slot, int before) {
         constexpr int kWarps = 4 * Traits::kConsumers;
         int* added = args.workspace.added + dq_slot;
@@ -295,7 +281,8 @@ struct AttentionBwdConsumer {
     __device__ __forceinline__ void hand_over_dq(const float (&dq)[Traits::kDqRegisters]) {
         mbarrier_wait(shared + Traits::kDqEmpty + 8 * group, dq_place.parity() ^ 1);
         dq_place.advance();
-        float4* to = reinterpret_cast<float4*>(base + Traits::kDq + group * Traits::kDqBytes) + threadIdx.x % kWarpgroup;
+        char* rows = base + Traits::kDq + group * Traits::kDqBytes;
+        float4* to = reinterpret_cast<float4*>(rows) + threadIdx.x % kWarpgroup;
 #pragma unroll
         for (int j = 0; j < Traits::kDqRegisters; j += 4)
             to[j / 4 * kWarpgroup] = float4{dq[j], dq[j + 1], dq[j + 2], dq[j + 3]};

@@ -1,6 +1,6 @@
 // Attention backward on sm_90a. Each CTA owns a block of keys and loops over the queries that see them. Scores and
 // their gradients are computed transposed, keys by queries, so that they feed dv and dk from registers; dq is added to
-// float32 in global memory by a warp of its own.
+// float32 in global memory, by a warp of its own unless shared memory is too small for that.
 #pragma once
 #include "attention/attention_bwd_consumer.cuh"
 
@@ -101,7 +101,7 @@ __device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments
 #pragma unroll 1
             for (int m = blocks.begin; m < blocks.end; ++m) {
                 int* added = args.workspace.added + first + m;
-                float* dq = args.workspace.dq + (first + m) * (Traits::kBlockM * HeadDim);
+                float* dq = args.workspace.dq + (first + m) * (Traits::kBlockM * Traits::kDqWidth);
                 const int before = adding_before<HeadDim>(args, tile, m);
                 if (before >= 0) {
                     while (load_acquire(added) != before) {
@@ -175,6 +175,6 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
         if (!Traits::kDirectDq && warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, base);
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        AttentionBwdConsumer<T, HeadDim>(args, base, warp / 4 - 1).run();
+        AttentionBwdConsumer<T, HeadDim>{args, base, warp / 4 - 1}.run();
     }
 }

@@ -4,12 +4,13 @@
 
 // A CTA of the main kernel owns kBlockN keys and loops over blocks of kBlockM queries. Of dq each of its two warpgroups
 // computes 64 rows by kDqColumns columns: half of the rows, or half of the columns.
-template <int HeadDim>  // 64, 128 or 256: what smaller heads are padded to
+template <int HeadDim>  // 64, 96, 128 or 256: what smaller heads are padded to
 struct AttentionBwdBlock {
     static constexpr int kBlockM = HeadDim == 64 ? 128 : 64;
     static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
     static constexpr bool kSplitDqRows = kBlockM == 128;
-    static constexpr int kDqColumns = kSplitDqRows ? HeadDim : HeadDim / 2;
+    static constexpr int kDqColumns = kSplitDqRows ? HeadDim : HeadDim == 96 ? 64 : HeadDim / 2;  // in whole panels
+    static constexpr int kDqWidth = kSplitDqRows ? HeadDim : 2 * kDqColumns;
 };
 
 // Blocks of queries have slots in the workspace: of each query head of each sequence, one after the other.
@@ -19,7 +20,7 @@ struct AttentionBwdWorkspace {
     int* added;        // (slots,): how many blocks of keys, or warps, have added to dq, where their order is fixed
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
     float* delta;      // (slots, kBlockM): row sums of out * dout
-    float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
+    float* dq;         // (slots, kBlockM * kDqWidth), float32, in the order of the accumulator registers
     // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
     int splits;
     int64_t key_slots_per_head;    // blocks of keys have slots as well, of each part of each key head
@@ -61,7 +62,8 @@ int64_t attention_bwd_workspace(const AttentionShape& shape, int sm_count, void*
     workspace->added = reinterpret_cast<int*>(take(slots * sizeof(int)));
     workspace->minus_lse = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
     workspace->delta = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
-    workspace->dq = reinterpret_cast<float*>(take(slots * kBlockM * HeadDim * sizeof(float)));
+    constexpr int kDqSize = kBlockM * AttentionBwdBlock<HeadDim>::kDqWidth;
+    workspace->dq = reinterpret_cast<float*>(take(slots * kDqSize * sizeof(float)));
     workspace->dk_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
     workspace->dv_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
     return at - static_cast<char*>(base);
@@ -84,15 +86,17 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kScoreColumns = kSplitColumns ? kBlockM / 2 : kBlockM;
     static constexpr int kGradientColumns = kSplitColumns ? HeadDim / 2 : HeadDim;
     // Whether dv multiplies while dscores are turned into gradients: both need the registers of a block of scores.
-    static constexpr bool kDvFirst = HeadDim == 128;
+    static constexpr bool kDvFirst = HeadDim == 96 || HeadDim == 128;
 
-    static constexpr int kPanel = 64, kRowBytes = 128;
+    static constexpr int kPanel = HeadDim % 64 ? 32 : 64;  // columns of a swizzled panel
+    static constexpr int kRowBytes = 2 * kPanel;
     static constexpr int kPanels = HeadDim / kPanel;
     static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
     static constexpr int kQBytes = 2 * kBlockM * HeadDim;
     static constexpr int kStatisticsBytes = 4 * kBlockM;
+    static constexpr int kDsRowBytes = 128, kDsPanelBytes = kBlockN * kDsRowBytes;  // panels of 64 queries
     static constexpr int kDsBytes = 2 * kBlockM * kBlockN;
-    // Whether dq goes out straight from registers, where shared memory has no room for it. Else through a warp of its own.
+    // Whether dq goes out straight from registers, for want of shared memory, or through a warp of its own.
     static constexpr bool kDirectDq = kSplitColumns;
     static constexpr int kDqRegisters = kDqColumns / 2;
     static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
@@ -100,11 +104,12 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
 
     struct Shared {
         alignas(1024) char k[kKvBytes];
+        // Follows k: with 96 columns, dq's second half has 32 of these for the columns beyond, which nobody reads.
         char v[kKvBytes];
         char q[kStages][kQBytes];
         char dout[kStages][kQBytes];
         char ds[kDsBytes];
-        // Columns split: exponentials, which else stay in registers. Else: rows on their way out, which go over k and v.
+        // Exponentials, where columns are split; or rows on their way out, which else go over k and v.
         char exponentials_or_out[kSplitColumns ? kDsBytes : kConsumers * kOutBytes];
         char dq[kDirectDq ? 16 : kConsumers * kDqBytes];
         float lse[kStages][kBlockM], delta[kStages][kBlockM];

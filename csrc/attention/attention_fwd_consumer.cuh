@@ -11,30 +11,21 @@ struct AttentionFwdConsumer {
     static constexpr int kTurn = 1, kGroup = 4, kEveryGroup = 7;  // named barriers; of the first two one per group
 
     const AttentionFwdArguments& args;
-    const AttentionShape& shape;
     char* const base;
-    const uint32_t shared;
-    const int group, warp, lane;
-    const uint64_t k_operand, v_operand, q_operand;
+    const int group;
+    const AttentionShape& shape = args.shape;
+    const uint32_t shared = shared_address(base);
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const uint64_t k_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kK);
+    const uint64_t v_operand =
+        operand_depth_across_rows<Traits::kRowBytes>(shared + Traits::kV, Traits::kBlockN * Traits::kRowBytes);
+    const uint64_t q_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kQ + group * Traits::kQBytes);
 
     float scores[kScores], output[kOutputs];
     uint32_t probabilities[kScores / 2];  // exponentials, packed: operand A of the second product
     RingPlace<Traits::kStages> k_place, v_place;
     RingPlace<Traits::kQStages> q_place;
     RingPlace<2> slot;
-
-    __device__ __forceinline__ AttentionFwdConsumer(const AttentionFwdArguments& args, char* base, int group)
-        : args(args),
-          shape(args.shape),
-          base(base),
-          shared(shared_address(base)),
-          group(group),
-          warp(threadIdx.x / 32 % 4),
-          lane(threadIdx.x % 32),
-          k_operand(operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kK)),
-          v_operand(operand_depth_across_rows<Traits::kRowBytes>(shared + Traits::kV,
-                                                                 Traits::kBlockN * Traits::kRowBytes)),
-          q_operand(operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kQ + group * Traits::kQBytes)) {}
 
     __device__ __forceinline__ void run() {
         if (Traits::kPingpong && group == Traits::kConsumers - 1) pass_turn();

@@ -1,4 +1,4 @@
-// Attention forward on sm_90a. A producer warp brings tiles of Q, K and V in through TMA for the warpgroups that multiply.
+// Attention forward on sm_90a. A producer warp brings tiles in through TMA, for the warpgroups that multiply.
 #pragma once
 #include "attention/attention_fwd_consumer.cuh"
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(AttentionFwdTraits<HeadDim>::kThreads, 1)
         if (warp == 0) attention_fwd_produce<HeadDim>(args, base);
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        AttentionFwdConsumer<T, HeadDim>(args, base, warp / 4 - 1).run();
+        AttentionFwdConsumer<T, HeadDim>{args, base, warp / 4 - 1}.run();
     }
 }
 
@@ -115,7 +115,9 @@ void attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream)
     args.q = map("q", params.q, params.q_strides, shape.heads, shape.q_len, 64);
     args.k = map("k", params.k, params.k_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
     args.v = map("v", params.v, params.v_strides, shape.kv_heads, shape.k_len, Traits::kBlockN);
-    args.out = {map("out", params.out, params.out_strides, shape.heads, shape.q_len, 16), params.out, params.out_strides};
+    args.out.map = map("out", params.out, params.out_strides, shape.heads, shape.q_len, 16);
+    args.out.data = params.out;
+    args.out.strides = params.out_strides;
     args.shape = shape;
     args.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM,
                                       int64_t(shape.k_len) * HeadDim * 4 * shape.kv_heads / shape.heads, true);

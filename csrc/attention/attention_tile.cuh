@@ -165,7 +165,7 @@ __device__ __forceinline__ void mask_row(float (&s)[R], int h, int low, int high
     }
 }
 
-// Where a tensor of 16-bit rows goes: through a map in boxes of 16 rows, or, where a document ends between them, to `data`.
+// Where 16-bit rows go: through a map in boxes of 16, or, where a document ends between them, to `data`.
 struct AttentionOutput {
     CUtensorMap map;
     void* data;
@@ -173,7 +173,8 @@ struct AttentionOutput {
 };
 
 // A warp's 16 rows of a tile, 2 R columns from `column` on, on their way out: accumulators times their rows' factors go
-// to `rows` in shared memory, in panels, and from there to row `row` of the tensor's, of which `count` are the sequence's.
+// to `rows` in shared memory, in panels, and from there to the tensor's rows from `row` on, of which the sequence has
+// `count`.
 template <class T, int Panel, int R>
 __device__ __forceinline__ void store_warp_rows(const float (&x)[R], const float (&factor)[2], char* rows,
                                                 const AttentionOutput& output, const AttentionShape& shape,

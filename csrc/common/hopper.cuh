@@ -39,8 +39,8 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Programmatic dependent launch: lets the next kernel of the stream start, once all CTAs have said so; and waits until the
-// kernel before has ended and what it wrote is there to see.
+// Programmatic dependent launch: lets the next kernel of the stream start, once all CTAs have said so; and waits until
+// the kernel before has ended and what it wrote is there to see.
 
 __device__ __forceinline__ void let_dependents_start() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_prerequisite() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
