@@ -36,8 +36,8 @@ def launches_of(call, sms: int = 1) -> list[timing.Recorded]:
 def attention_tile(head_dim: int, backward: bool) -> tuple[int, int]:
     """Rows that a tile of csrc/attention owns, rows of the blocks it visits"""
     if backward:
-        return {64: (128, 128), 128: (128, 64), 256: (64, 64)}[head_dim]
-    return {64: (192, 128), 128: (128, 128), 256: (128, 80)}[head_dim]
+        return {64: (128, 128), 96: (128, 64), 128: (128, 64), 256: (64, 64)}[head_dim]
+    return {64: (192, 128), 96: (128, 128), 128: (128, 128), 192: (128, 112), 256: (128, 80)}[head_dim]
 
 
 @functools.cache

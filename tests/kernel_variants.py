@@ -12,11 +12,7 @@ import pybind11
 
 from gptkernels import cuda_build, cuda_library
 
-# The op's functions, for bfloat16 alone.
-ENTRY_POINTS = {
-    "attention": """
-#include "attention/attention_bwd_passes.cuh"
-#include "attention/attention_fwd_kernel.cuh"
+BY_SIZE = """
 template <int HeadDim> using Size = std::integral_constant<int, HeadDim>;
 
 template <class Work>
@@ -25,9 +21,24 @@ static auto with_size(int head_dim, Work work) {
     if (head_dim <= 128) return work(Size<128>());
     return work(Size<256>());
 }
+"""
+# The op's functions, for bfloat16 alone, in parts that are compiled apart: "bwd" needs no file named _fwd_.
+ENTRY_POINTS = {
+    "attention": {
+        "fwd": """
+#include "attention/attention_fwd_kernel.cuh"
+"""
+        + BY_SIZE
+        + """
 void attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
     with_size(p.shape.head_dim, [&](auto size) { attention_fwd_launch<__nv_bfloat16, size.value>(p, stream); });
 }
+""",
+        "bwd": """
+#include "attention/attention_bwd_passes.cuh"
+"""
+        + BY_SIZE
+        + """
 void attention_bwd(const AttentionBwdParams& p, cudaStream_t stream) {
     with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value>(p, stream); });
 }
@@ -37,11 +48,14 @@ int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count)
                      [&](auto size) { return attention_bwd_workspace<size.value>(shape, sm_count, nullptr, &unused); });
 }
 """,
-    "mlp": """
+    },
+    "mlp": {
+        "fwd_bwd": """
 #include "mlp/mlp_kernel.cuh"
 void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { mlp_fwd_launch<__nv_bfloat16>(p, stream); }
 void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { mlp_bwd_launch<__nv_bfloat16>(p, stream); }
-""",
+"""
+    },
 }
 OPS = ("attention", "cross_entropy", "layer_norm", "mlp")
 
@@ -67,6 +81,7 @@ def placeholders(op: str) -> str:
 class Builder:
     def __init__(self, folder: Path, op: str):
         self.folder, self.op, self.nvcc = folder, op, cuda_build.find_nvcc()
+        self.compiled: dict[tuple, str] = {}
         csrc = cuda_build.source_directory()
         shutil.copytree(csrc, folder / "csrc", dirs_exist_ok=True)
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -92,14 +107,23 @@ class Builder:
         originals = cuda_build.source_directory() / self.op
         for original in originals.glob("*.cuh"):
             (self.folder / "csrc" / self.op / original.name).write_text(edits.get(original.name, original.read_text()))
-        source = self.folder / f"{name}.cu"
-        source.write_text(ENTRY_POINTS[self.op])
-        kernels = self.compile(source, "-gencode", "arch=compute_90a,code=compute_90a")
+        kernels = [self.part(part, name, edits) for part in ENTRY_POINTS[self.op]]
         library = self.folder / f"{name}.so"
         subprocess.run(
-            [self.nvcc, "-shared", "-cudart", "shared", *self.objects, kernels, "-o", str(library)], check=True
+            [self.nvcc, "-shared", "-cudart", "shared", *self.objects, *kernels, "-o", str(library)], check=True
         )
         return library
+
+    def part(self, part: str, name: str, edits: dict[str, str]) -> str:
+        """The object of one part, compiled anew where edits touch what it is made of."""
+        others = [f"_{other}_" for other in ENTRY_POINTS[self.op] if other != part]
+        touching = {f: text for f, text in edits.items() if not any(other in f for other in others)}
+        key = (part, *sorted(touching.items()))
+        if key not in self.compiled:
+            source = self.folder / f"{name}_{part}.cu"
+            source.write_text(ENTRY_POINTS[self.op][part])
+            self.compiled[key] = self.compile(source, "-gencode", "arch=compute_90a,code=compute_90a")
+        return self.compiled[key]
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def query_head_splits(heads, kv_heads, k_len, head_dim, sm_count):
     q, k = (torch.empty(1, h, k_len, head_dim, device="meta") for h in (heads, kv_heads))
     fields = cuda_kernels.shape_fields(q, k, None, None, True, None, 1.0)
     block = 64 if head_dim > 128 else 128
-    padded = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    padded = next(size for size in (64, 96, 128, 256) if head_dim <= size)
     # With one SM nothing is split.
     bytes_of = cuda_library.load().attention_bwd_workspace_bytes
     shares = bytes_of(fields, sm_count) - bytes_of(fields, 1)
@@ -198,7 +198,10 @@ DOCUMENTS = [[100, 0, 300, 1, 129], [128, 128], [3] * 40 + [200], [500]]
 
 
 @pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
-@pytest.mark.parametrize(("head_dim", "causal", "window"), [(64, True, None), (128, True, 60), (256, False, None)])
+@pytest.mark.parametrize(
+    ("head_dim", "causal", "window"),
+    [(64, True, None), (80, False, 200), (128, True, 60), (192, True, None), (256, False, None)],
+)
 def test_documents(hopper, lengths, head_dim, causal, window):
     bounds = torch.tensor([0, *lengths]).cumsum(0).int().to(hopper.device)
     total = sum(lengths)
@@ -209,7 +212,7 @@ def test_documents(hopper, lengths, head_dim, causal, window):
     assert_attention_parity(tensors, cu_seqlens=bounds, causal=causal, window=window)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_do_not_touch_each_other(hopper, head_dim, causal):
     """The blocks that hold a document's end hold the next one's beginning too: its NaNs must stay there."""
@@ -261,8 +264,8 @@ def on_other_schedules(where, seeds, *options):
 
 @pytest.mark.parametrize(
     ("deterministic", "window", "head_dim"),
-    [(True, None, 64), (True, None, 128), (True, None, 256), (False, 1, 64), (False, 200, 64), (False, 399, 128),
-     (False, 70, 128), (False, 90, 256), (True, 90, 64)],
+    [(True, None, 64), (True, None, 96), (True, None, 128), (True, None, 256), (False, 1, 64), (False, 200, 64),
+     (False, 399, 128), (False, 70, 128), (False, 90, 256), (True, 90, 64)],
 )  # fmt: skip
 def test_gradients_do_not_depend_on_the_schedule(hopper, deterministic, window, head_dim):
     """With a window never, without one by torch's switch."""

@@ -45,7 +45,8 @@ def test_the_instructions_that_are_meant(library):
     main = {name: text for name, text in code.items() if re.search(r"attention_[fb]wd_kernel", name)}
     assert len(main) >= 14
     for name, text in main.items():
-        for instruction in ("HGMMA", "UTMALDG", "UBLKCP", "USETMAXREG", "SYNCS"):
+        meant = ["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS"]
+        for instruction in meant + ["UBLKCP"] * ("attention_bwd_kernel" in name):
             assert re.search(rf"\b{instruction}", text), f"{name} has no {instruction}"
         assert not re.search(r"\b(LDL|STL|HMMA)\b", text), name
         # Every product but the first of a group follows without a wait: one that ptxas serialised would not.
@@ -71,7 +72,9 @@ def main_kernel_last(tmp_path_factory):
         pytest.skip("this torch brings a CUDA runtime of its own, which libraries bind to instead of the simulator's")
     file = "attention_bwd_passes.cuh"
     text = (cuda_build.source_directory() / "attention" / file).read_text()
-    edited, count = re.subn(r"launch<attention_bwd_end_kernel<T, HeadDim>>\([^;]*;", ";", text)
+    edited, count = re.subn(
+        r"launch<attention_bwd_end_kernel<T, HeadDim>>\([^;]*;", "cudaStreamSynchronize(stream);", text
+    )
     assert count == 1
     return Builder(tmp_path_factory.mktemp("build"), "attention").build("main_last", {file: edited})
 
@@ -141,3 +144,23 @@ def test_forward_pads_heads_no_further_than_this(library, head_dim, keys, padded
         cuda_kernels.attention_fwd(q, k, v, None, None, None, False, None, 0.1, 0.0)
         blocks = -(-300 // 128) * -(-300 // keys)
         assert counters().tensor_flops == blocks * 4 * 128 * keys * padded
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "queries", "keys", "columns"),
+    [(64, 128, 128, 5 * 64), (72, 64, 128, 4 * 96 + 128), (96, 64, 128, 4 * 96 + 128), (104, 64, 128, 5 * 128),
+     (256, 64, 64, 5 * 256)],
+)  # fmt: skip
+def test_backward_pads_heads_no_further_than_this(library, head_dim, queries, keys, columns):
+    """columns: of all five products; dq's halves are whole panels of columns"""
+    if simulator.cuda_unavailable():
+        pytest.skip(simulator.cuda_unavailable())
+    from ptxemu import timing
+
+    q, k, v, out, dout = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(5))
+    options = (None, None, None, False, None, 0.1, 0.0)
+    with simulator.use(arch=90), timing.recording() as launches:
+        cuda_kernels.attention_bwd(dout, q, k, v, out, torch.zeros(1, 1, 300), *options, False)
+    (main,) = (launch for launch in launches if "attention_bwd_kernel" in launch.kernel)
+    blocks = -(-300 // queries) * -(-300 // keys)
+    assert main.stats["tensor_flops"] == blocks * 2 * queries * keys * columns

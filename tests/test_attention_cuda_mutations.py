@@ -49,6 +49,15 @@ def test_a_first_tile_by_block_index_hangs(builder):
     assert not mutate_attention.survives(builder.build("by_block_index", edits))
 
 
+@pytest.mark.parametrize("file", ["attention_bwd_kernel.cuh", "attention_bwd_passes.cuh"])
+def test_a_missing_wait_for_the_kernel_before_is_caught(builder, file):
+    """Kernels of the backward pass start before those before them have ended."""
+    text = (cuda_build.source_directory() / "attention" / file).read_text()
+    assert text.count("wait_for_prerequisite();") == 1
+    edited = text.replace("wait_for_prerequisite();", "")
+    assert not mutate_attention.survives(builder.build(f"early_{Path(file).stem}", {file: edited}))
+
+
 @pytest.mark.parametrize(
     ("file", "line", "removed", "text"), [pytest.param(*r, id=f"{r[0]}:{r[1]}") for r in REMOVALS[::EVERY]]
 )

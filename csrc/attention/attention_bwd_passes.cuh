@@ -4,21 +4,19 @@
 #include "common/vector.cuh"
 
 struct AttentionBwdPassArguments {
-    AttentionShape shape;
+    AttentionBwdParams params;
     AttentionTileOrder order, key_order;  // over blocks of queries, and of keys of each key head
     int query_blocks;                     // no fewer than there are
     AttentionBwdWorkspace workspace;
-    AttentionStrides out_strides, dout_strides, dq_strides, dk_strides, dv_strides;
-    const void *out, *dout;
-    const float* lse;
-    void *dq, *dk, *dv;
-    DqOrder dq_order;
     int first_tile;  // that the main kernel's CTAs take from the counter
 };
 
-__device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const AttentionTile& tile,
-                                              const AttentionStrides& strides, int row) {
-    return (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head + int64_t(row) * strides.row;
+// A row of T of a tile's head.
+template <class T, class Data>
+__device__ __forceinline__ T* row_of(Data* data, const AttentionShape& shape, const AttentionTile& tile,
+                                     const AttentionStrides& strides, int row) {
+    return static_cast<T*>(data) + (shape.cu_seqlens ? 0 : tile.batch * strides.batch) + tile.head * strides.head +
+           int64_t(row) * strides.row;
 }
 
 // One CTA to a block of queries: its statistics as the main kernel wants them, and zeros to add dq to. Where the order
@@ -26,9 +24,12 @@ __device__ __forceinline__ int64_t row_offset(const AttentionShape& shape, const
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const AttentionBwdPassArguments args) {
     constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM;
-    constexpr int kRowThreads = HeadDim / 8;
-    const AttentionShape& shape = args.shape;
+    constexpr int kRowThreads = HeadDim == 96 ? 16 : HeadDim / 8;  // a power of two
+    constexpr int kDqSize = kBlockM * AttentionBwdBlock<HeadDim>::kDqWidth;
+    const AttentionBwdParams& params = args.params;
+    const AttentionShape& shape = params.shape;
     __shared__ AttentionTile tile;
+    let_dependents_start();
     if (threadIdx.x < 32) locate_tile<kBlockM>(shape, args.order, blockIdx.x, &tile);
     __syncthreads();
     if (blockIdx.x == 0 && threadIdx.x == 0) *args.workspace.tile_counter = args.first_tile;
@@ -36,20 +37,22 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     const int64_t slot = first_slot<kBlockM>(shape, args.workspace, tile, tile.head) + tile.block;
     if (threadIdx.x == 0) args.workspace.added[slot] = 0;
     const BlockRange adding = adding_blocks<kBlockM, AttentionBwdBlock<HeadDim>::kBlockN>(shape, tile, tile.block);
-    if (args.dq_order == DqOrder::kAny || adding.begin == adding.end) {
-        float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * (kBlockM * HeadDim));
-        for (int i = threadIdx.x; i < kBlockM * HeadDim / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
+    if (params.dq_order == DqOrder::kAny || adding.begin == adding.end) {
+        float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * kDqSize);
+        for (int i = threadIdx.x; i < kDqSize / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
     }
 
     const int column = threadIdx.x % kRowThreads * 8;
+    const int64_t first_lse = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
+                                               : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
+#pragma unroll 1  // few registers: an SM takes as many CTAs as it has threads for, which hides the loads better
     for (int i = threadIdx.x / kRowThreads; i < kBlockM; i += blockDim.x / kRowThreads) {
         const int row = tile.block * kBlockM + i;
+        const float lse = column == 0 && row < tile.q_len ? params.lse[first_lse + row] : -INFINITY;
         float delta = 0.f;
         if (row < tile.q_len && column < shape.head_dim) {
-            const T* out =
-                static_cast<const T*>(args.out) + row_offset(shape, tile, args.out_strides, tile.q_row + row) + column;
-            const T* dout = static_cast<const T*>(args.dout) +
-                            row_offset(shape, tile, args.dout_strides, tile.q_row + row) + column;
+            const T* out = row_of<const T>(params.out, shape, tile, params.out_strides, tile.q_row + row) + column;
+            const T* dout = row_of<const T>(params.dout, shape, tile, params.dout_strides, tile.q_row + row) + column;
             const uint4 a = *reinterpret_cast<const uint4*>(out), b = *reinterpret_cast<const uint4*>(dout);
 #pragma unroll
             for (int j = 0; j < 8; ++j)
@@ -58,27 +61,24 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
 #pragma unroll
         for (int step = kRowThreads / 2; step; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
         if (column == 0) {
-            const int64_t first = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
-                                                   : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
-            const float lse = row < tile.q_len ? args.lse[first + row] : -INFINITY;
             args.workspace.delta[slot * kBlockM + i] = delta;
             args.workspace.minus_lse[slot * kBlockM + i] = lse == -INFINITY ? -INFINITY : -1.44269504088896f * lse;
         }
     }
 }
 
-// A block of `Rows` rows by HeadDim columns from the main kernel's accumulator order to rows of T, as a sum of `shares`
+// A block of `Rows` rows by `Width` columns from the main kernel's accumulator order to rows of T, as a sum of `shares`
 // that are `apart` floats apart. Its two warpgroups hold half of the rows each, or half of the columns.
-template <class T, int HeadDim, int Rows>
+template <class T, int Width, int Rows>
 __device__ __forceinline__ void store_block(const float* from, int shares, int64_t apart, float factor, T* to,
                                             int64_t row_stride, int row_count, int head_dim, char* rows) {
     constexpr bool kSplitRows = Rows == 128;
-    constexpr int kColumns = kSplitRows ? HeadDim : HeadDim / 2;
+    constexpr int kColumns = kSplitRows ? Width : Width / 2;
     constexpr int kPitch = 2 * kColumns + 16;
-    constexpr int kRowThreads = kColumns / 8;
+    constexpr int kUnits = kColumns / 8;  // of 16 bytes, in a row
     const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float4* sources =
-        reinterpret_cast<const float4*>(from + group * (Rows * HeadDim / 2)) + threadIdx.x % kWarpgroup;
+        reinterpret_cast<const float4*>(from + group * (Rows * Width / 2)) + threadIdx.x % kWarpgroup;
     rows += warp * 16 * kPitch;
 #pragma unroll
     for (int i = 0; i < kColumns / 8; i += 2) {
@@ -99,20 +99,22 @@ __device__ __forceinline__ void store_block(const float* from, int shares, int64
     }
     __syncwarp();
     const int first_row = warp % 4 * 16 + (kSplitRows ? 64 * group : 0);
-    const int within = lane % kRowThreads * 8;
-    const int column = (kSplitRows ? 0 : kColumns * group) + within;
+    const int first_column = kSplitRows ? 0 : kColumns * group;
 #pragma unroll
-    for (int i = lane / kRowThreads; i < 16; i += 32 / kRowThreads)
-        if (first_row + i < row_count && column < head_dim)
-            *reinterpret_cast<uint4*>(to + (first_row + i) * row_stride + column) =
-                *reinterpret_cast<const uint4*>(rows + i * kPitch + within * 2);
+    for (int i = lane; i < 16 * kUnits; i += 32) {
+        const int row = first_row + i / kUnits, column = first_column + i % kUnits * 8;
+        if (row < row_count && column < head_dim)
+            *reinterpret_cast<uint4*>(to + row * row_stride + column) =
+                *reinterpret_cast<const uint4*>(rows + i / kUnits * kPitch + i % kUnits * 16);
+    }
 }
 
 // One CTA to a block of queries, for dq; then, if they have shares, one to a block of keys for dk and one for dv.
 template <class T, int HeadDim>
 __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionBwdPassArguments args) {
     constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM, kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
-    const AttentionShape& shape = args.shape;
+    const AttentionBwdParams& params = args.params;
+    const AttentionShape& shape = params.shape;
     const AttentionBwdWorkspace& workspace = args.workspace;
     __shared__ AttentionTile tile;
     __shared__ __align__(16) char rows[8 * 16 * (2 * (HeadDim == 64 ? 64 : 128) + 16)];
@@ -124,24 +126,26 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
             locate_tile<kBlockN>(shape, args.key_order, key_index / 2, &tile);
     }
     __syncthreads();
+    wait_for_prerequisite();
     if (tile.block < 0) return;
     if (key_index < 0) {
         const int64_t slot = first_slot<kBlockM>(shape, workspace, tile, tile.head) + tile.block;
         const int row = tile.block * kBlockM;
-        store_block<T, HeadDim, kBlockM>(
-            workspace.dq + slot * (kBlockM * HeadDim), 1, 0, shape.scale,
-            static_cast<T*>(args.dq) + row_offset(shape, tile, args.dq_strides, tile.q_row + row), args.dq_strides.row,
+        constexpr int kWidth = AttentionBwdBlock<HeadDim>::kDqWidth;
+        store_block<T, kWidth, kBlockM>(
+            workspace.dq + slot * (kBlockM * kWidth), 1, 0, shape.scale,
+            row_of<T>(params.dq, shape, tile, params.dq_strides, tile.q_row + row), params.dq_strides.row,
             tile.q_len - row, shape.head_dim, rows);
     } else {
         const bool is_dk = key_index % 2;
-        const AttentionStrides& strides = is_dk ? args.dk_strides : args.dv_strides;
+        const AttentionStrides& strides = is_dk ? params.dk_strides : params.dv_strides;
         constexpr int64_t kSize = kBlockN * HeadDim;
         const int64_t slot = key_slot<kBlockN>(shape, workspace, tile, tile.head * workspace.splits);
         const int row = tile.block * kBlockN;
         store_block<T, HeadDim, kBlockN>(
             (is_dk ? workspace.dk_shares : workspace.dv_shares) + slot * kSize, workspace.splits,
             workspace.key_slots_per_head * kSize, is_dk ? shape.scale : 1.f,
-            static_cast<T*>(is_dk ? args.dk : args.dv) + row_offset(shape, tile, strides, tile.k_row + row),
+            row_of<T>(is_dk ? params.dk : params.dv, shape, tile, strides, tile.k_row + row),
             strides.row, tile.k_len - row, shape.head_dim, rows);
     }
 }
@@ -151,23 +155,11 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     using Traits = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
     AttentionBwdPassArguments pass;
-    pass.shape = shape;
+    pass.params = params;
     pass.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM, 0, false);
     attention_bwd_workspace<HeadDim>(shape, params.sm_count, params.workspace, &pass.workspace);
     const int parts = shape.kv_heads * pass.workspace.splits;
     pass.key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN, 0, false);
-    pass.out_strides = params.out_strides;
-    pass.dout_strides = params.dout_strides;
-    pass.dq_strides = params.dq_strides;
-    pass.dk_strides = params.dk_strides;
-    pass.dv_strides = params.dv_strides;
-    pass.out = params.out;
-    pass.dout = params.dout;
-    pass.lse = params.lse;
-    pass.dq = params.dq;
-    pass.dk = params.dk;
-    pass.dv = params.dv;
-
     bind_device();
     AttentionBwdArguments args;
     auto map = [&](const char* tensor, const void* data, const AttentionStrides& strides, int heads, int rows,
@@ -184,23 +176,23 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     args.order =
         attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
                              int64_t(shape.q_len) * HeadDim * 8 * args.group, params.dq_order == DqOrder::kDescending);
-    args.dk_strides = params.dk_strides;
-    args.dv_strides = params.dv_strides;
-    args.dk = params.dk;
-    args.dv = params.dv;
+    auto output = [&](const char* tensor, void* data, const AttentionStrides& strides) {
+        return AttentionOutput{map(tensor, data, strides, shape.kv_heads, shape.k_len, 16), data, strides};
+    };
+    args.dk = output("dk", params.dk, params.dk_strides);
+    args.dv = output("dv", params.dv, params.dv_strides);
     args.workspace = pass.workspace;
     args.dq_order = params.dq_order;
 
     pass.query_blocks = attention_tile_count(shape, pass.order, shape.q_len, Traits::kBlockM);
     const int64_t tiles = attention_tile_count(shape, args.order, shape.k_len, Traits::kBlockN);
     const unsigned ctas = unsigned(tiles < params.sm_count ? tiles : params.sm_count);
-    pass.dq_order = params.dq_order;
     pass.first_tile = params.dq_order == DqOrder::kAny ? ctas : 0;
     const unsigned query_blocks = pass.query_blocks;
     const unsigned key_blocks = attention_tile_count(shape, pass.key_order, shape.k_len, Traits::kBlockN);
     const unsigned last_ctas = query_blocks + (pass.workspace.splits > 1 ? 2 * key_blocks : 0);
     launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", {query_blocks, 256, 0, stream}, pass);
     launch<attention_bwd_kernel<T, HeadDim>>("attention_bwd_kernel",
-                                             {ctas, Traits::kThreads, Traits::kSharedBytes, stream}, args);
-    launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream}, pass);
+                                             {ctas, Traits::kThreads, Traits::kSharedBytes, stream, true}, args);
+    launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream, true}, pass);
 }

@@ -4,22 +4,23 @@
 
 // A CTA of the main kernel owns kBlockN keys and loops over blocks of kBlockM queries. Of dq each of its two warpgroups
 // computes 64 rows by kDqColumns columns: half of the rows, or half of the columns.
-template <int HeadDim>  // 64, 128 or 256: what smaller heads are padded to
+template <int HeadDim>  // 64, 96, 128 or 256: what smaller heads are padded to
 struct AttentionBwdBlock {
     static constexpr int kBlockM = HeadDim == 64 ? 128 : 64;
     static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
     static constexpr bool kSplitDqRows = kBlockM == 128;
-    static constexpr int kDqColumns = kSplitDqRows ? HeadDim : HeadDim / 2;
+    static constexpr int kDqColumns = kSplitDqRows ? HeadDim : HeadDim == 96 ? 64 : HeadDim / 2;  // in whole panels
+    static constexpr int kDqWidth = kSplitDqRows ? HeadDim : 2 * kDqColumns;
 };
 
 // Blocks of queries have slots in the workspace: of each query head of each sequence, one after the other.
 struct AttentionBwdWorkspace {
     int64_t slots_per_head;  // of one batch entry; of all documents with cu_seqlens
     int* tile_counter;
-    int* added;        // (slots,): how many blocks of keys have added to dq, where their order is fixed
+    int* added;        // (slots,): how many blocks of keys, or warps, have added to dq, where their order is fixed
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
     float* delta;      // (slots, kBlockM): row sums of out * dout
-    float* dq;         // (slots, kBlockM * HeadDim), float32, in the order of the accumulator registers
+    float* dq;         // (slots, kBlockM * kDqWidth), float32, in the order of the accumulator registers
     // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
     int splits;
     int64_t key_slots_per_head;    // blocks of keys have slots as well, of each part of each key head
@@ -61,7 +62,8 @@ int64_t attention_bwd_workspace(const AttentionShape& shape, int sm_count, void*
     workspace->added = reinterpret_cast<int*>(take(slots * sizeof(int)));
     workspace->minus_lse = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
     workspace->delta = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
-    workspace->dq = reinterpret_cast<float*>(take(slots * kBlockM * HeadDim * sizeof(float)));
+    constexpr int kDqSize = kBlockM * AttentionBwdBlock<HeadDim>::kDqWidth;
+    workspace->dq = reinterpret_cast<float*>(take(slots * kDqSize * sizeof(float)));
     workspace->dk_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
     workspace->dv_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
     return at - static_cast<char*>(base);
@@ -84,29 +86,32 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr int kScoreColumns = kSplitColumns ? kBlockM / 2 : kBlockM;
     static constexpr int kGradientColumns = kSplitColumns ? HeadDim / 2 : HeadDim;
     // Whether dv multiplies while dscores are turned into gradients: both need the registers of a block of scores.
-    static constexpr bool kDvFirst = HeadDim == 128;
+    static constexpr bool kDvFirst = HeadDim == 96 || HeadDim == 128;
 
-    static constexpr int kPanel = 64, kRowBytes = 128;
+    static constexpr int kPanel = HeadDim % 64 ? 32 : 64;  // columns of a swizzled panel
+    static constexpr int kRowBytes = 2 * kPanel;
     static constexpr int kPanels = HeadDim / kPanel;
     static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
     static constexpr int kQBytes = 2 * kBlockM * HeadDim;
     static constexpr int kStatisticsBytes = 4 * kBlockM;
+    static constexpr int kDsRowBytes = 128, kDsPanelBytes = kBlockN * kDsRowBytes;  // panels of 64 queries
     static constexpr int kDsBytes = 2 * kBlockM * kBlockN;
-    static constexpr int kDqPieces = kSplitColumns ? 4 : 1;  // what of dq goes out at a time
-    static constexpr int kDqRegisters = kDqColumns / 2 / kDqPieces;
+    // Whether dq goes out straight from registers, for want of shared memory, or through a warp of its own.
+    static constexpr bool kDirectDq = kSplitColumns;
+    static constexpr int kDqRegisters = kDqColumns / 2;
     static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
-    static constexpr int kOutPitch = 2 * kGradientColumns + 16;
-    static constexpr int kOutBytes = 64 * kOutPitch;  // of one warpgroup
+    static constexpr int kOutBytes = 64 * 2 * kGradientColumns;  // of one warpgroup
 
     struct Shared {
         alignas(1024) char k[kKvBytes];
+        // Follows k: with 96 columns, dq's second half has 32 of these for the columns beyond, which nobody reads.
         char v[kKvBytes];
         char q[kStages][kQBytes];
         char dout[kStages][kQBytes];
         char ds[kDsBytes];
-        char probabilities[kSplitColumns ? kDsBytes : 16];  // else in registers
-        char dq[kConsumers][kDqBytes];
-        char out[kSplitColumns ? 16 : kConsumers * kOutBytes];  // else over k and v
+        // Exponentials, where columns are split; or rows on their way out, which else go over k and v.
+        char exponentials_or_out[kSplitColumns ? kDsBytes : kConsumers * kOutBytes];
+        char dq[kDirectDq ? 16 : kConsumers * kDqBytes];
         float lse[kStages][kBlockM], delta[kStages][kBlockM];
         AttentionTile tiles[2];
         uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
@@ -116,8 +121,8 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     };
     static constexpr uint32_t kK = offsetof(Shared, k), kV = offsetof(Shared, v);
     static constexpr uint32_t kQ = offsetof(Shared, q), kDout = offsetof(Shared, dout);
-    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, probabilities);
-    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : offsetof(Shared, out);
+    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, exponentials_or_out);
+    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : kProbabilities;
     static constexpr uint32_t kLse = offsetof(Shared, lse), kDelta = offsetof(Shared, delta);
     static constexpr uint32_t kTiles = offsetof(Shared, tiles);
     static constexpr uint32_t kQFull = offsetof(Shared, q_full), kQEmpty = offsetof(Shared, q_empty);
@@ -135,8 +140,7 @@ struct AttentionBwdArguments {
     AttentionShape shape;
     AttentionTileOrder order;  // over blocks of keys, of each part of each key head
     int group;                 // query heads of a part
-    AttentionStrides dk_strides, dv_strides;
-    void *dk, *dv;
+    AttentionOutput dk, dv;
     AttentionBwdWorkspace workspace;
     DqOrder dq_order;
 };
@@ -180,6 +184,15 @@ __device__ __forceinline__ BlockRange adding_blocks(const AttentionShape& shape,
     const int last = visible_keys(shape, tile, min((m + 1) * BlockM, tile.q_len) - 1).last;
     if (last < 0 || min((last / BlockN + 1) * BlockN, tile.k_len) <= tile.key_start) return {0, 0};
     return {first / BlockN, last / BlockN + 1};
+}
+
+// How many blocks of keys add to a block of dq before this one; -1 where the order is not fixed.
+template <int HeadDim>
+__device__ __forceinline__ int adding_before(const AttentionBwdArguments& args, const AttentionTile& tile, int m) {
+    using Block = AttentionBwdBlock<HeadDim>;
+    if (args.dq_order == DqOrder::kAny) return -1;
+    const BlockRange adding = adding_blocks<Block::kBlockM, Block::kBlockN>(args.shape, tile, m);
+    return args.dq_order == DqOrder::kAscending ? tile.block - adding.begin : adding.end - 1 - tile.block;
 }
 
 // Queries that see a key, first ... last, both included; `last` may be before the sequence's first query.

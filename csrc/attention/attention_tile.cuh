@@ -165,11 +165,67 @@ __device__ __forceinline__ void mask_row(float (&s)[R], int h, int low, int high
     }
 }
 
+// Where 16-bit rows go: through a map in boxes of 16, or, where a document ends between them, to `data`.
+struct AttentionOutput {
+    CUtensorMap map;
+    void* data;
+    AttentionStrides strides;
+};
+
+// A warp's 16 rows of a tile, 2 R columns from `column` on, on their way out: accumulators times their rows' factors go
+// to `rows` in shared memory, in panels, and from there to the tensor's rows from `row` on, of which the sequence has
+// `count`.
+template <class T, int Panel, int R>
+__device__ __forceinline__ void store_warp_rows(const float (&x)[R], const float (&factor)[2], char* rows,
+                                                const AttentionOutput& output, const AttentionShape& shape,
+                                                const AttentionTile& tile, int row, int count, int column) {
+    constexpr int kRowBytes = 2 * Panel, kPanelUnits = Panel / 8;  // units of 16 bytes
+    const int lane = threadIdx.x % 32;
+    // A row's units are swizzled by the 128 bytes that it lies in.
+    auto at = [](int row, int unit) {
+        return unit / kPanelUnits * 16 * kRowBytes + row * kRowBytes +
+               ((unit ^ row * kRowBytes / 128) % kPanelUnits << 4);
+    };
+    const uint32_t to = shared_address(rows) + at(lane % 16, lane / 16);
+#pragma unroll
+    for (int i = 0; i < R; i += 8) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) packed[j] = pack<T>(x[i + 2 * j] * factor[j % 2], x[i + 2 * j + 1] * factor[j % 2]);
+        stmatrix_x4((to ^ at(0, i / 4 % kPanelUnits)) + at(0, i / 4 / kPanelUnits * kPanelUnits), packed[0], packed[1],
+                    packed[2], packed[3]);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    const int batch = shape.cu_seqlens ? 0 : tile.batch;
+    if (count >= 16 || !shape.cu_seqlens) {
+        if (count > 0 && lane == 0) {
+#pragma unroll
+            for (int p = 0; p < 2 * R / Panel; ++p)
+                tma_store_4d(&output.map, shared_address(rows) + p * 16 * kRowBytes, column + p * Panel, row, tile.head,
+                             batch);
+        }
+    } else {
+        T* data = static_cast<T*>(output.data) + batch * output.strides.batch + tile.head * output.strides.head +
+                  row * output.strides.row + column;
+#pragma unroll 1
+        for (int i = 0; i < R / 8; ++i) {
+            const int r = lane % 16, unit = 2 * i + lane / 16;
+            if (r < count && column + 8 * unit < shape.head_dim)
+                *reinterpret_cast<uint4*>(data + r * output.strides.row + 8 * unit) =
+                    *reinterpret_cast<const uint4*>(rows + at(r, unit));
+        }
+    }
+    bulk_commit();
+}
+
 // Clears a tile from row `from` on, `threads` threads together: what lies past a sequence's end belongs to the next,
 // and a probability of 0 does not hide its NaNs.
 template <int Panels, int Rows, int RowBytes>
 __device__ __forceinline__ void clear_rows(char* tile, int from, int thread, int threads) {
+#pragma unroll 1
     for (int p = 0; p < Panels; ++p)
+#pragma unroll 1
         for (int byte = from * RowBytes + 16 * thread; byte < Rows * RowBytes; byte += 16 * threads)
             *reinterpret_cast<uint4*>(tile + p * Rows * RowBytes + byte) = uint4{0, 0, 0, 0};
 }

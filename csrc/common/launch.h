@@ -49,6 +49,7 @@ struct LaunchShape {
     dim3 grid, block;
     int shared_bytes;
     cudaStream_t stream;
+    bool dependent = false;  // may start before the kernel before it in the stream has ended: wait_for_prerequisite
 };
 
 // The launch's own status, not cudaGetLastError: that may be an error which another library left.
@@ -60,6 +61,11 @@ void launch(const char* name, const LaunchShape& shape, const Arguments&... argu
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = shape.stream;
+    cudaLaunchAttribute dependence = {};
+    dependence.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependence.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &dependence;
+    config.numAttrs = shape.dependent;
     check(cudaLaunchKernelEx(&config, kKernel, arguments...), std::string("launch of ") + name);
 }
 
