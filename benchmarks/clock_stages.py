@@ -98,23 +98,33 @@ def triton_attention(
 
 
 @functools.cache
-def product_launch(rows: int, columns: int, depth: int, activation: str) -> timing.Recorded:
-    x, weight = torch.randn(rows, depth, dtype=BF16), torch.randn(columns, depth, dtype=BF16)
-    bias, out = torch.randn(columns, dtype=BF16), torch.empty(rows, columns, dtype=BF16)
+def product_launch(rows: int, columns: int, depth: int, activation: str, backward: bool) -> timing.Recorded:
+    x = torch.randn(rows, depth, dtype=BF16)
+    if backward:
+        weight, preact = torch.randn(depth, columns, dtype=BF16), torch.randn(rows, columns, dtype=BF16)
+        call = functools.partial(mlp_kernels.fused_grad_preact, x, weight, preact, activation, preact.clone(), True)
+        return launches_of(call, sms=2)[0]
+    weight, bias = torch.randn(columns, depth, dtype=BF16), torch.randn(columns, dtype=BF16)
+    out = torch.empty(rows, columns, dtype=BF16)
     preact = None if activation == "none" else torch.empty_like(out)
     call = functools.partial(mlp_kernels.fused_linear, x, weight, bias, activation=activation, preact=preact, out=out)
     return launches_of(call, sms=2)[0]
 
 
-def product(rows: int, columns: int, depth: int, activation: str = "none") -> list[tiles.Stage]:
-    """out = activation(x @ weight.T + bias), the value before the activation kept too. A cluster's tile: 256 x 128"""
+def product(
+    rows: int, columns: int, depth: int, activation: str = "none", backward: bool = False
+) -> list[tiles.Stage]:
+    """Forward out = activation(x @ weight.T + bias), the value before the activation kept too; backward its gradient,
+    out = x @ weight * activation'(preact), with activation(preact) and column sums. A cluster's tile: 256 x 256"""
     samples = []
-    for m, n, k in ((512, 512, 512), (1024, 512, 512), (512, 512, 2048)):
-        count = m * n // (256 * 128)
-        samples.append((count, count * k // 64, product_launch(m, n, k, activation)))
-    count = -(-rows // 256) * -(-columns // 128)
+    # What the epilogue hides behind depends on the depth, up to where all of it is hidden.
+    near = min(-(-depth // 64) * 64, 1024)
+    for m, n, k in ((512, 512, near), (1024, 512, near), (512, 512, 2 * near)):
+        count = m * n // (256 * 256)
+        samples.append((count, count * k // 64, product_launch(m, n, k, activation, backward)))
+    count = -(-rows // 256) * -(-columns // 256)
     lengths = [-(-depth // 64)] * count
-    return [tiles.Stage("product", samples, lengths, gemm_shares(rows, columns, depth, 128, 128), slots=SMS // 2)]
+    return [tiles.Stage("product", samples, lengths, gemm_shares(rows, columns, depth, 128, 256), slots=SMS // 2)]
 
 
 @functools.cache

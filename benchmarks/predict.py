@@ -1,7 +1,7 @@
 """How long a kernel takes on an H100, told by the simulator's clock:
 
     python benchmarks/predict.py --op attention --shape B2,H16,T8192,D128 [--pass bwd] [--backend triton] [--peer PATH]
-    python benchmarks/predict.py --op mlp --shape M16384,N16384,K4096
+    python benchmarks/predict.py --op mlp --shape M16384,N16384,K4096 [--pass bwd]
     python benchmarks/predict.py --op layer_norm --shape M16384,N4096 [--pass bwd]
     python benchmarks/predict.py --op cross_entropy --shape M4096,N50264
     python benchmarks/predict.py --table benchmarks/results/clock_predictions.json [--peer PATH]
@@ -57,7 +57,7 @@ class Work:
         if self.op == "attention":
             return 2 * s["B"] * s["H"] * s["T"] * s["D"] * (8 if self.backward else 4)
         if self.op == "mlp":
-            return 2 * (s["M"] * s["K"] + s["K"] * s["N"] + 2 * s["M"] * s["N"])
+            return 2 * (s["M"] * s["K"] + s["K"] * s["N"] + (3 if self.backward else 2) * s["M"] * s["N"])
         return 2 * s["M"] * s["N"] * (3 if self.backward else 2)
 
     @property
@@ -72,7 +72,7 @@ class Work:
             make = clock_stages.attention if self.backend == "cuda" else clock_stages.triton_attention
             return make(s["T"], s["B"] * s["H"], s["D"], window=s.get("W"), backward=self.backward)
         if self.op == "mlp":
-            return clock_stages.product(s["M"], s["N"], s["K"], "gelu_tanh")
+            return clock_stages.product(s["M"], s["N"], s["K"], "gelu_tanh", self.backward)
         if self.op == "layer_norm":
             return clock_stages.layer_norm(s["M"], s["N"], self.backward)
         return clock_stages.cross_entropy(s["M"], s["N"])
@@ -194,8 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--op and --shape are needed, or --table")
     if chosen.backend == "triton" and chosen.op != "attention":
         parser.error(f"--backend triton: only attention's Triton kernels go through the clock, not {chosen.op}'s")
-    if chosen.direction == "bwd" and chosen.op in ("mlp", "cross_entropy"):
-        parser.error(f"--pass bwd: only attention and layer_norm have one here, not {chosen.op}")
+    if chosen.direction == "bwd" and chosen.op == "cross_entropy":
+        parser.error("--pass bwd: cross_entropy makes its gradient in its forward pass")
     show(Work(chosen.op, parse_shape(chosen.op, chosen.shape), chosen.direction == "bwd", chosen.backend), fa3)
 
 

@@ -13,31 +13,32 @@ from pathlib import Path
 from kernel_variants import Builder, source
 from mlp_build import works
 
+FILES = ("mlp_kernel.cuh", "mlp_epilogue.cuh")
 STATEMENT = re.compile(
     r"(?<!auto )\b(mbarrier_wait|mbarrier_arrive_expect|mbarrier_arrive_remote|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
-    r"fence_async_proxy|fence_mbarrier_init|cluster_sync|named_barrier_sync|named_barrier_arrive|bulk_wait_read|"
-    r"bulk_commit|release|wait_stored|__syncwarp)\([^;{}]*\);"
+    r"fence_async_proxy|fence_mbarrier_init|cluster_sync|named_barrier_sync|named_barrier_arrive|bulk_wait_read(?:<\w+>)?|"
+    r"bulk_commit|release|boxes\.wait_stored<[^;>]*>|boxes\.wait_loaded|__syncwarp)\([^;{}]*\);"
 )
 # What may go without a wrong result, by how the source goes on from there, and why.
+ONE_BY_ONE = "the simulator runs a warp's lanes together"
 HARMLESS = {
     "fence_mbarrier_init();": "the simulator does not check it",
-    "__syncwarp(); if (lane == 0) { each_box": "the simulator runs a warp's lanes together",
-    "__syncwarp(); };": "the simulator runs a warp's lanes together",
-    "__syncwarp(); } if constexpr": "the simulator runs a warp's lanes together",
-    "__syncwarp(); cluster_sync();": "the simulator runs a warp's lanes together",
-    "named_barrier_sync(kGroup + group, kWarpgroup); }": "the group meets at its turn before it writes sums again",
+    "__syncwarp();": ONE_BY_ONE,
+    "named_barrier_sync(kGroup + group, kWarpgroup); } };": "the group multiplies together before it writes sums again",
 }
 TIMEOUT_S = 120
 
 
-def mutants() -> list[tuple[int, str, str | None, str]]:
-    """-> line number, what was removed, why that may be harmless, the file's text without it"""
-    text, found = source("mlp", "mlp_kernel.cuh"), []
-    for match in STATEMENT.finditer(text):
-        rest = " ".join(text[match.start() :][:200].split())
-        reason = next((why for start, why in HARMLESS.items() if rest.startswith(start)), None)
-        line = text.count("\n", 0, match.start()) + 1
-        found.append((line, match.group(), reason, f"{text[: match.start()]};{text[match.end() :]}"))
+def mutants() -> list[tuple[str, int, str, str | None, str]]:
+    """-> file, line number, what was removed, why that may be harmless, the file's text without it"""
+    found = []
+    for file in FILES:
+        text = source("mlp", file)
+        for match in STATEMENT.finditer(text):
+            rest = " ".join(text[match.start() :][:200].split())
+            reason = next((why for start, why in HARMLESS.items() if rest.startswith(start)), None)
+            line = text.count("\n", 0, match.start()) + 1
+            found.append((file, line, match.group(), reason, f"{text[: match.start()]};{text[match.end() :]}"))
     return found
 
 
@@ -61,13 +62,13 @@ def main() -> int:
         builder = Builder(Path(name), "mlp")
         if not survives(builder.build("unchanged", {})):
             sys.exit("the kernels fail without any change")
-        for line, removed, reason, text in mutants():
-            lives = survives(builder.build(f"line_{line}", {"mlp_kernel.cuh": text}))
+        for file, line, removed, reason, text in mutants():
+            lives = survives(builder.build(f"line_{line}", {file: text}))
             caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
             if lives and not reason:
-                missed.append(f"mlp_kernel.cuh:{line}: {removed}")
+                missed.append(f"{file}:{line}: {removed}")
             verdict = "caught" if not lives else f"harmless: {reason}" if reason else "MISSED"
-            print(f"mlp_kernel.cuh:{line}: {' '.join(removed.split())}  {verdict}", flush=True)
+            print(f"{file}:{line}: {' '.join(removed.split())}  {verdict}", flush=True)
     print(f"{caught} caught, {harmless} harmless, {len(missed)} missed", *missed, sep="\n")
     return bool(missed)
 

@@ -54,6 +54,8 @@ def test_work_counts_flops_and_bytes(predict):
         ("attention", "B1,H2,T1024,D64", True),
         ("attention", "B1,H2,T2048,D64,W128", False),
         ("mlp", "M2048,N1024,K512", False),
+        ("mlp", "M2048,N1024,K512", True),
+        ("mlp", "M16384,N4096,K16384", False),
         ("layer_norm", "M4096,N1024", True),
         ("cross_entropy", "M512,N4096", False),
     ],
@@ -91,7 +93,7 @@ def test_says_where_time_goes(predict, capsys):
     [
         (["--op", "attention", "--shape", "B2,T8"], "--shape of attention is B<number>,H<number>,T<number>,D<number>"),
         (["--op", "mlp", "--shape", "M1,N1,K1,W2"], "--shape of mlp"),
-        (["--op", "mlp", "--shape", "M1,N1,K1", "--pass", "bwd"], "--pass bwd"),
+        (["--op", "cross_entropy", "--shape", "M1,N1", "--pass", "bwd"], "--pass bwd"),
         (["--op", "mlp", "--shape", "M1,N1,K1", "--backend", "triton"], "--backend triton"),
         (["--shape", "M1"], "--op and --shape are needed"),
     ],

@@ -181,8 +181,11 @@ __device__ __forceinline__ void bulk_reduce_add(float* to, uint32_t from, int by
 
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until the sources of this thread's copies may be overwritten.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Until the sources of this thread's copies, but those of the `Pending` newest groups, may be overwritten.
+template <int Pending = 0>
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
+}
 
 // Until this thread's copies are written.
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
@@ -213,12 +216,22 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t to, uint32_t a, uint32_t b,
                  : "memory");
 }
 
+__device__ __forceinline__ void stmatrix_x4(uint32_t to, const uint32_t* r) {
+    stmatrix_x4(to, r[0], r[1], r[2], r[3]);
+}
+
 // What stmatrix_x4 wrote.
-__device__ __forceinline__ void ldmatrix_x4(uint32_t from, uint32_t (&r)[4]) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t from, uint32_t* r) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(from)
                  : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t from) {
+    uint32_t word;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
+    return word;
 }
 
 // Arithmetic.

@@ -31,7 +31,7 @@ struct MlpBwdParams {
     const void* preact;  // (M, N)
     void* act;           // (M, N) or null: activation(preact), once more
     void* grad;          // (M, N)
-    float* partials;     // (ceil(M / 128), N) or null: column sums of grad over 128 rows each
+    float* partials;     // (ceil(M / 64), N) or null: column sums of grad over 64 rows each
     int M, N, K;
     int64_t dout_stride;
     Activation activation;

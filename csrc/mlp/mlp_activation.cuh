@@ -3,15 +3,23 @@
 #include "common/hopper.cuh"
 #include "mlp/mlp.h"
 
-__device__ __forceinline__ float sigmoid(float x) {
-    return reciprocal_approx(1.f + exp2_approx(-1.44269504088896f * x));
+constexpr float kLog2E = 1.44269504088896f;
+
+// 1 / (1 + 2^x)
+__device__ __forceinline__ float sigmoid_of_log2(float x) { return reciprocal_approx(1.f + exp2_approx(x)); }
+
+__device__ __forceinline__ float sigmoid(float x) { return sigmoid_of_log2(-kLog2E * x); }
+
+// (1 + tanh(u)) / 2 is sigmoid(2 u); 2 sqrt(2 / pi) = 1.5957...
+__device__ __forceinline__ float gelu_tanh_sigmoid(float x) {
+    constexpr float kLinear = -1.59576912160573f * kLog2E;
+    return sigmoid_of_log2(x * (kLinear + kLinear * 0.044715f * (x * x)));
 }
 
 template <Activation A>
 __device__ __forceinline__ float activate(float x) {
-    // (1 + tanh(u)) / 2 is sigmoid(2 u); 2 sqrt(2 / pi) = 1.5957...
     if constexpr (A == Activation::kGeluTanh)
-        return x * sigmoid(1.59576912160573f * x * (1.f + 0.044715f * x * x));
+        return x * gelu_tanh_sigmoid(x);
     else if constexpr (A == Activation::kGelu)
         return 0.5f * x * (1.f + erff(0.707106781186548f * x));
     else if constexpr (A == Activation::kRelu)
@@ -27,10 +35,9 @@ __device__ __forceinline__ float activate(float x) {
 template <Activation A>
 __device__ __forceinline__ float activate_and_slope(float x, float* slope) {
     if constexpr (A == Activation::kGeluTanh) {
-        const float square = x * x;
-        const float s = sigmoid(1.59576912160573f * x * (1.f + 0.044715f * square));
-        *slope = s + x * s * (1.f - s) * (1.59576912160573f + 3.f * 0.0713548162726f * square);
-        return x * s;
+        const float s = gelu_tanh_sigmoid(x), act = x * s;
+        *slope = s + (act - act * s) * (1.59576912160573f + 3.f * 0.0713548162726f * (x * x));
+        return act;
     } else if constexpr (A == Activation::kGelu) {
         const float phi = 0.5f * (1.f + erff(0.707106781186548f * x));
         *slope = phi + x * 0.398942280401433f * exp2_approx(-0.721347520444482f * x * x);
@@ -45,23 +52,5 @@ __device__ __forceinline__ float activate_and_slope(float x, float* slope) {
         const float s = sigmoid(x);
         *slope = s * (1.f + x * (1.f - s));
         return x * s;
-    }
-}
-
-// Calls work with an Activation of compile time.
-template <Activation A>
-struct ActivationTag {
-    static constexpr Activation value = A;
-};
-
-template <class Work>
-__device__ __forceinline__ void with_activation(Activation activation, Work work) {
-    switch (activation) {
-        case Activation::kNone: return work(ActivationTag<Activation::kNone>{});
-        case Activation::kGeluTanh: return work(ActivationTag<Activation::kGeluTanh>{});
-        case Activation::kGelu: return work(ActivationTag<Activation::kGelu>{});
-        case Activation::kRelu: return work(ActivationTag<Activation::kRelu>{});
-        case Activation::kRelu2: return work(ActivationTag<Activation::kRelu2>{});
-        case Activation::kSilu: return work(ActivationTag<Activation::kSilu>{});
     }
 }

@@ -11,8 +11,8 @@ from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
 
 # The numbers that csrc/mlp/mlp.h gives them.
 ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "relu2": 4, "silu": 5}
-# Rows of a tile: of how many rows each partial sum is.
-BLOCK_M = 128
+# Of how many rows each partial sum is: those of a warpgroup.
+PARTIAL_ROWS = 64
 # CTAs that work together on tiles below each other.
 CLUSTER = 2
 MAX_ROWS = 1 << 30
@@ -82,7 +82,7 @@ def fused_grad_preact(
     """-> dout @ proj_weight * activation'(preact): (M, N), and its column sums in parts: (P, N). act: (M, N) is filled.
     dout: (M, K), proj_weight: (K, N), preact: (M, N)"""
     grad = torch.empty(preact.shape, dtype=dout.dtype, device=dout.device)
-    parts = ((preact.shape[0] + BLOCK_M - 1) // BLOCK_M, preact.shape[1])
+    parts = ((preact.shape[0] + PARTIAL_ROWS - 1) // PARTIAL_ROWS, preact.shape[1])
     partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None
     fields = {
         "dout": dout,
