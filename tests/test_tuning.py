@@ -85,7 +85,8 @@ def test_the_command(cache, tmp_path, capsys):
     [
         (["--op", "norm"], "--op must be one of"),
         (["--model", "gpt9"], "--model must be one of"),
-        (["--model", "gpt2", "--shape", SMALL], "two ways"),
+        (["--model", "gpt2", "--shape", SMALL], "give one"),
+        (["--hf", "/nowhere"], "--hf /nowhere cannot be loaded"),
         (["--shape", "Z3"], "--shape"),
         (["--import", "/nowhere.json"], "No such file"),
         (["--budget", "0"], None),
@@ -261,7 +262,7 @@ def test_export_and_import(cache, tmp_path, capsys):
     assert "is of a another, this is a" in capsys.readouterr().err
 
 
-def test_models():
+def test_models(tmp_path):
     cases = recorded.cases_of_model("gpt2", "bfloat16")
     assert {(case.op, case.label) for case in cases} >= {
         ("attention", "B16 H12 T1024 D64"),
@@ -269,6 +270,14 @@ def test_models():
         ("linear_cross_entropy", "M16384 N768 V50257"),
         ("mlp", "M16384 N768"),
     }
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=100).save_pretrained(tmp_path)
+    found = {(case.op, case.label) for case in recorded.cases_of_hf(str(tmp_path), "bfloat16")}
+    assert found == {("attention", "B8 H4 G2 T2048 D16"), ("linear_cross_entropy", "M16384 N64 V100")}
+
+
+def test_a_model_and_a_batch():
     config = gk.GPTConfig(layers=1, heads=2, width=32, context=32, vocabulary=64)
     model = gk.GPT(config).bfloat16()
     found = gk.tune(model, torch.randint(64, (2, 32)), budget=60)

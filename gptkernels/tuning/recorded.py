@@ -15,8 +15,8 @@ from . import choices, store
 from .classes import CallClass, dtype_name
 from .tune import Tuner, passes_of, report
 
-# Of a GPT that is tuned by name: as many as fill a GPU
-TOKENS = 16384
+# Of a model that is tuned by name: as many as fill a GPU, in sequences of at most so many
+TOKENS, LENGTH = 16384, 2048
 
 
 def case_of(op: str, arguments: tuple) -> Case:
@@ -54,11 +54,29 @@ def cases_of_model(name: str, dtype: str) -> list[Case]:
     if name not in PRESETS:
         raise UsageError(f"--model must be one of {', '.join(PRESETS)}, not {name}")
     config = GPTConfig.preset(name)
-    with torch.device("meta"):
-        model = GPT(config).to(getattr(torch, dtype))
+    with torch.device("meta"), recording() as calls:
         tokens = torch.zeros(max(1, TOKENS // config.context), config.context, dtype=torch.long)
-    with recording() as calls:
-        model(tokens, tokens)
+        GPT(config).to(getattr(torch, dtype))(tokens, tokens)
+    return distinct(calls)
+
+
+def cases_of_hf(path: str, dtype: str) -> list[Case]:
+    """Of a causal model of transformers, accelerated: its configuration is read, and no weights"""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..swap.accelerate import accelerate
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--hf {path} cannot be loaded: {error}") from None
+    length = min(getattr(config, "max_position_embeddings", None) or LENGTH, LENGTH)
+    with torch.device("meta"), recording() as calls:
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+        accelerate(model)
+        tokens = torch.zeros(max(1, TOKENS // length), length, dtype=torch.long)
+        calls.clear()  # those that accelerate tried
+        model(tokens, labels=tokens)
     return distinct(calls)
 
 

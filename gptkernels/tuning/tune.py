@@ -35,6 +35,7 @@ MATTERS = 0.02
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--op", action="append", help=f"only this op (may be repeated): {', '.join(OPS)}")
     parser.add_argument("--model", metavar="NAME", help="the calls of this GPT, such as gpt2-xl")
+    parser.add_argument("--hf", metavar="PATH", help="the calls of this model of transformers, accelerated")
     parser.add_argument("--shape", metavar="DIMS", help="such as B2,H16,T8192,D128,W1024: this shape")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -103,12 +104,12 @@ def cases_of(options: Namespace, device: torch.device) -> list[Case]:
         if op not in OPS:
             raise UsageError(f"--op must be one of {', '.join(OPS)}, not {op}")
     usual = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if options.model and options.shape:
-        raise UsageError("--model and --shape are two ways to say what to tune: give one")
-    if options.model:
-        from .recorded import cases_of_model
+    if sum(given is not None for given in (options.model, options.hf, options.shape)) > 1:
+        raise UsageError("--model, --hf and --shape are ways to say what to tune: give one")
+    if options.model or options.hf:
+        from .recorded import cases_of_hf, cases_of_model
 
-        found = cases_of_model(options.model, usual)
+        found = cases_of_model(options.model, usual) if options.model else cases_of_hf(options.hf, usual)
     elif options.shape:
         found = suites.of_shape(ops, parse_shape(options.shape), (usual,), ())
     else:
