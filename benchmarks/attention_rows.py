@@ -78,20 +78,21 @@ def runs(kernel: str, head_size: int, dtype: torch.dtype, device: str, tokens: i
 def compiles(calls: list, arch: int) -> bool:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from compile_gate import assert_within_limits, compiled_launches
+    from triton.runtime.errors import OutOfResources
 
     try:
         for call in calls:
             with compiled_launches(arch) as launches:
                 call()
             assert_within_limits(launches[0])
-    except AssertionError:
+    except (AssertionError, OutOfResources):
         return False
     return True
 
 
 def largest(table: dict, kernel: str, element_size: int, row: int, arch: int, pointers: bool) -> tuple | None:
     """-> the row for the table"""
-    dtype = torch.float16 if element_size == 2 else torch.float32
+    dtype = torch.bfloat16 if element_size == 2 else torch.float32  # which takes more registers than float16
     calls = list(runs(kernel, HEAD_SIZES[row], dtype, "cpu", 256, pointers))
     saved = table[row]
     with only(kernel):
