@@ -111,9 +111,7 @@ def product_launch(rows: int, columns: int, depth: int, activation: str, backwar
     return launches_of(call, sms=2)[0]
 
 
-def product(
-    rows: int, columns: int, depth: int, activation: str = "none", backward: bool = False
-) -> list[tiles.Stage]:
+def product(rows: int, columns: int, depth: int, activation: str = "none", backward: bool = False) -> list[tiles.Stage]:
     """Forward out = activation(x @ weight.T + bias), the value before the activation kept too; backward its gradient,
     out = x @ weight * activation'(preact), with activation(preact) and column sums. A cluster's tile: 256 x 256"""
     samples = []
