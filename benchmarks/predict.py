@@ -104,10 +104,8 @@ def explain(stage: tiles.Stage) -> None:
     """What the longest of the small launches was busy with, and where its warps waited."""
     recorded = stage.samples[-1][-1]
     timed = stage.timed(POWER_LIMIT_MHZ)[-1]
-    per_scheduler = {"fma", "alu", "xu"}
-    cycles = timed.cycles * recorded.cluster_size
-    busy = ((unit, value / cycles / (4 if unit in per_scheduler else 1)) for unit, value in timed.busy.items())
-    shares = ", ".join(f"{unit} {share:.0%}" for unit, share in sorted(busy, key=lambda item: -item[1]))
+    busy = sorted(tiles.busy_cycles(recorded, timed).items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{unit} {cycles / timed.cycles:.0%}" for unit, cycles in busy)
     print(f"  {stage.name}: busy {shares}")
     waited: Counter[tuple] = Counter()
     for wait in timed.waits:

@@ -62,6 +62,21 @@ class Kernel:
     def count(self, pattern: str) -> int:
         return sum(bool(re.match(pattern, i.name)) for i in self.code)
 
+    @property
+    def loads_under_way(self) -> int:
+        """The most loads of 16 bytes from global memory one after another, before any of their results is used"""
+        most, pending = 0, []
+        for one in self.code:
+            named = [int(r) for r in re.findall(r"\bR(\d+)\b", one.operands)]
+            load = one.name.startswith("LDG.E.128")
+            used = named[1:] if load else named
+            if one.target is not None or any(first <= r < first + 4 for first in pending for r in used):
+                pending = []
+            if load:
+                pending.append(named[0])
+            most = max(most, len(pending))
+        return most
+
     def reachable(self, start: int) -> list[Instruction]:
         """From the start-th instruction on."""
         seen, todo = set(), [start]

@@ -72,6 +72,15 @@ def test_predictions_keep_to_the_limits(predict, op, shape, backward):
             assert all(timed.busy[unit] <= cycles for unit in ("tensor", "shared", "tma", "issue"))
 
 
+@pytest.mark.parametrize("columns", [256, 512, 768, 1024, 1600, 2048, 4096, 8192, 12288])
+def test_layer_norm_backward_launches_what_the_gpu_holds(predict, columns):
+    """All of its CTAs, and so all of the partial rows, are there at once; none could be added."""
+    from gptkernels import cuda_library
+
+    launch = predict.clock_stages.layer_norm_launches(64, columns, True)[0]
+    assert cuda_library.load().layer_norm_bwd_partial_rows(1 << 20, columns, 1) == launch.resident_ctas
+
+
 def test_longer_sequences_take_longer(predict):
     times = [
         predict.predicted_us(predict.Work("attention", {"B": 1, "H": 16, "T": tokens, "D": 128}).stages())

@@ -21,14 +21,14 @@ if not cuda_build.find_nvcc():
 import ptxemu
 
 SEEDS = range(12)
-ROWS, COLUMNS, CTAS = 7, 1500, 3
+ROWS, COLUMNS, CTAS = 7, 1592, 2
 EPS = 0.1
-THREADS = 192  # row_shape(1500): one vector of 8 a thread, 6 warps
+BLOCK = (64, 2, 1)  # row_shape(1592): up to four vectors of 8 a thread, two rows of 2 warps
 SOURCE = """
 #include "layer_norm/layer_norm_fwd_kernel.cuh"
 #include "layer_norm/layer_norm_bwd_kernel.cuh"
-template __global__ void layer_norm_fwd_kernel<float, float, 1>(const LayerNormFwdParams, bool);
-template __global__ void layer_norm_bwd_kernel<float, float, 1>(const LayerNormBwdParams, bool);
+template __global__ void layer_norm_fwd_kernel<float, float, 4, false, true>(const LayerNormFwdParams);
+template __global__ void layer_norm_bwd_kernel<float, float, 4, true>(const LayerNormBwdParams);
 template __global__ void layer_norm_bwd_reduce_kernel<float>(const LayerNormBwdParams);
 """
 
@@ -120,10 +120,10 @@ def is_right(folder: Path, module: ptxemu.Module, seed: int) -> bool:
         **{"keep_scale": 1, "h_is_float": True, "weight_is_float": True},
     )
     with ptxemu.registered(*tensors):
-        module.launch(entry(module, ptx, "layer_norm_fwd_kernel"), ROWS, THREADS, [bytes(fwd), False], seed=seed)
-        module.launch(entry(module, ptx, "layer_norm_bwd_kernel"), CTAS, THREADS, [bytes(bwd), False], seed=seed)
+        module.launch(entry(module, ptx, "layer_norm_fwd_kernel"), -(-ROWS // 2), BLOCK, [bytes(fwd)], seed=seed)
+        module.launch(entry(module, ptx, "layer_norm_bwd_kernel"), CTAS, BLOCK, [bytes(bwd)], seed=seed)
         reduce = entry(module, ptx, "layer_norm_bwd_reduce_kernel")
-        module.launch(reduce, (-(-COLUMNS // 32), 2, 1), (32, 8, 1), [bytes(bwd)], seed=seed)
+        module.launch(reduce, (-(-COLUMNS // 32), 2, 1), (32, 32, 1), [bytes(bwd)], seed=seed)
 
     leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
     expected = torch.nn.functional.layer_norm(leaves[0], (COLUMNS,), *leaves[1:], EPS)
@@ -144,10 +144,15 @@ EDITS = {
     "no barrier in the reduction": (BWD, "= sum;\n    __syncthreads();", "= sum;"),
     "a warp missing from the sum": (SHAPE, "warp < warps;", "warp < warps - 1;"),
     "a lane missing from the sum": (SHAPE, "offset > 0;", "offset > 1;"),
-    "variance of padding": (FWD, "column + j < columns ? h[i][j] - mean : 0.0f", "h[i][j] - mean"),
-    "x_hat off": (BWD, "(h[i][j] - mean) * rstd : 0.0f", "(h[i][j] - mean) * rstd + 1.0f : 0.0f"),
+    "variance of padding": (FWD, "inside(column, j) ? h[i][j] - mean : 0.0f", "h[i][j] - mean"),
+    "x_hat off": (BWD, "(h[i][j] - mean) * rstd;", "(h[i][j] - mean) * rstd + 1.0f;"),
     "mean of another row": (BWD, "p.mean[row] : 0.0f", "p.mean[first ? row - 1 : row] : 0.0f"),
     "eps outside of the root": (FWD, "rsqrtf(variance + p.eps)", "rsqrtf(variance) + p.eps"),
+    "no barrier between rows of a partial sum": (BWD, "__syncthreads();\n        if (threadIdx.y", "if (threadIdx.y"),
+    "a row missing from a partial sum": (BWD, "grads[i][j] + before[j]", "grads[i][j]"),
+    "rows and columns mixed up": (BWD, "sums[threadIdx.x][threadIdx.y];", "sums[threadIdx.y][threadIdx.x];"),
+    "rows past the end read": (BWD, "row < p.rows ? p.columns : 0", "p.columns"),
+    "a vector too few": (SHAPE, "i < kVectors;", "i < kVectors - 1;"),
     "one partial row too few": (BWD, "row < p.partial_rows;", "row < p.partial_rows - 1;"),
     "bias gradient from the weight's partials": (BWD, "(blockIdx.y) * p.partial_rows", "(0) * p.partial_rows"),
 }  # fmt: skip

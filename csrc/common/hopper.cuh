@@ -9,6 +9,8 @@
 
 #ifdef __CUDACC__
 
+#include "common/math.cuh"
+
 // Threads, warps and registers.
 
 constexpr int kWarpgroup = 128;
@@ -234,19 +236,7 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t from) {
     return word;
 }
 
-// Arithmetic.
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+// Two elements in a register.
 
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

@@ -53,6 +53,15 @@ __device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int c
     return packed;
 }
 
+// kWhole: the row and its length are multiples of kElements elements and of 16 bytes, else nothing is.
+template <bool kWhole, typename T>
+__device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int columns) {
+    if constexpr (!kWhole) return load_packed(row, column, columns, false);
+    Packed<T> packed = {};
+    if (column < columns) packed = load_packed(row, column, column + kElements, true);
+    return packed;
+}
+
 template <typename T>
 __device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, int column, int columns, bool aligned) {
     constexpr int kPerWord = Packed<T>::kPerWord;
@@ -67,27 +76,10 @@ __device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, in
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void load_vector(float (&out)[kElements], const T* row, int column, int columns, bool aligned) {
-    const Packed<T> packed = load_packed(row, column, columns, aligned);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) out[i] = packed[i];
-}
-
-template <typename T>
-__device__ __forceinline__ void store_vector(T* row, const float (&in)[kElements], int column, int columns, bool aligned) {
-    Packed<T> packed;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) packed.set(i, in[i]);
-    store_packed(row, packed, column, columns, aligned);
-}
-
-// For parameters, which hold either T or float32, known only at run time.
-template <typename T>
-__device__ __forceinline__ void load_vector_as(float (&out)[kElements], const void* row, bool is_float, int column,
-                                               int columns, bool aligned) {
-    if (is_float)
-        load_vector(out, static_cast<const float*>(row), column, columns, aligned);
-    else
-        load_vector(out, static_cast<const T*>(row), column, columns, aligned);
+template <bool kWhole, typename T>
+__device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, int column, int columns) {
+    if constexpr (!kWhole)
+        store_packed(row, packed, column, columns, false);
+    else if (column < columns)
+        store_packed(row, packed, column, column + kElements, true);
 }

@@ -5,21 +5,46 @@
 #include <cmath>
 
 #include "common/launch.h"
+#include "common/math.cuh"
 #include "common/vector.cuh"
 #include "cross_entropy/cross_entropy.h"
 
-constexpr int kCrossEntropyThreads = 512;
+// Two CTAs to an SM: 264 rows of 50,000 logits fit L2, where the second reading looks for them.
+constexpr int kCrossEntropyThreads = 256, kCrossEntropyCtas = 2;
+
+__device__ __forceinline__ float exp_approx(float x) { return exp2_approx(x * kLog2E); }
 
 // sum of exp(x - peak) over some x, peak being the largest of them; -inf and 0 of none.
 struct ExpSum {
     float peak, total;
 
+    // Of nothing but -inf the sum is 0, not exp(-inf + inf).
+    __device__ __forceinline__ float base() const { return peak == -INFINITY ? 0.0f : peak; }
+
     __device__ __forceinline__ void add(const ExpSum& other) {
-        const float higher = fmaxf(peak, other.peak);
-        // Of nothing but -inf the sum is 0, not exp(-inf + inf).
-        const float base = higher == -INFINITY ? 0.0f : higher;
-        total = total * expf(peak - base) + other.total * expf(other.peak - base);
-        peak = higher;
+        const float earlier = peak;
+        peak = fmaxf(peak, other.peak);
+        total = total * exp_approx(earlier - base()) + other.total * exp_approx(other.peak - base());
+    }
+
+    // The first `count` elements of each vector.
+    template <typename T, int kVectors>
+    __device__ __forceinline__ void add(const Packed<T> (&vectors)[kVectors], int count) {
+        const float earlier = peak;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+            for (int j = 0; j < kElements; ++j)
+                if (j < count) peak = fmaxf(peak, vectors[i][j]);
+        float sums[kVectors] = {};
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i)
+#pragma unroll
+            for (int j = 0; j < kElements; ++j)
+                if (j < count) sums[i] += exp_approx(vectors[i][j] - base());
+        total *= exp_approx(earlier - base());
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) total += sums[i];
     }
 };
 
@@ -30,8 +55,33 @@ __device__ __forceinline__ ExpSum sum_over_warp(ExpSum sum) {
     return sum;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(const CrossEntropyParams p, bool aligned) {
+// Calls work(vectors, column of the first, elements of each that there are) for this thread's share of a row: several
+// vectors at a time, all of whose loads are under way before the first is used, then what is left one by one. Rows that
+// are not aligned are read element by element, which are as many loads.
+constexpr int kVectorStep = kCrossEntropyThreads * kElements;
+
+template <bool kAligned, typename T, typename Work>
+__device__ __forceinline__ void for_each_vectors(const T* row, int columns, Work work) {
+    constexpr int kUnderWay = kAligned ? 4 : 1;
+    int column = threadIdx.x * kElements;
+    for (; column + (kUnderWay - 1) * kVectorStep + kElements <= columns; column += kUnderWay * kVectorStep) {
+        Packed<T> vectors[kUnderWay];
+#pragma unroll
+        for (int i = 0; i < kUnderWay; ++i) {
+            const int at = column + i * kVectorStep;
+            vectors[i] = load_packed(row, at, at + kElements, kAligned);
+        }
+        work(vectors, column, kElements);
+    }
+    for (; column < columns; column += kVectorStep) {
+        Packed<T> vector[1] = {load_packed(row, column, columns, kAligned)};
+        work(vector, column, columns - column);
+    }
+}
+
+template <typename T, bool kAligned>
+__global__ void __launch_bounds__(kCrossEntropyThreads, kCrossEntropyCtas)
+    cross_entropy_kernel(const CrossEntropyParams p) {
     constexpr int kWarps = kCrossEntropyThreads / 32;
     __shared__ ExpSum warp_sums[kWarps];
     const int64_t row = blockIdx.x;
@@ -39,30 +89,16 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(con
     const int64_t target = p.targets[row];
     const bool counted = target != p.ignore_index;
     const bool valid = target >= 0 && target < p.vocabulary;
-    constexpr int kStep = kCrossEntropyThreads * kElements;
 
     ExpSum sum = {-INFINITY, 0.0f};
-    for (int column = threadIdx.x * kElements; column < p.vocabulary; column += kStep) {
-        float scores[kElements];
-        load_vector(scores, logits, column, p.vocabulary, aligned);
-        float peak = sum.peak;
-#pragma unroll
-        for (int j = 0; j < kElements; ++j)
-            if (column + j < p.vocabulary) peak = fmaxf(peak, scores[j]);
-        const float base = peak == -INFINITY ? 0.0f : peak;
-        float total = sum.total * expf(sum.peak - base);
-#pragma unroll
-        for (int j = 0; j < kElements; ++j)
-            if (column + j < p.vocabulary) total += expf(scores[j] - base);
-        sum = {peak, total};
-    }
+    for_each_vectors<kAligned>(logits, p.vocabulary, [&](auto& vectors, int, int count) { sum.add(vectors, count); });
     sum = sum_over_warp(sum);
     if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = sum;
     const float right = valid ? to_float(logits[target]) : NAN;
     // Also: everybody has read the logit of the target before anybody overwrites it.
     __syncthreads();
     sum = sum_over_warp(threadIdx.x % 32 < kWarps ? warp_sums[threadIdx.x % 32] : ExpSum{-INFINITY, 0.0f});
-    const float lse = (sum.peak == -INFINITY ? 0.0f : sum.peak) + logf(sum.total);
+    const float lse = sum.base() + logf(sum.total);
     if (threadIdx.x == 0) {
         p.lse[row] = lse;
         p.losses[row] = counted ? lse - right : 0.0f;
@@ -70,21 +106,26 @@ __global__ void __launch_bounds__(kCrossEntropyThreads) cross_entropy_kernel(con
     if (!p.with_grad) return;
 
     const float scale = valid ? p.scale[row * p.scale_stride] : NAN;
-    for (int column = threadIdx.x * kElements; column < p.vocabulary; column += kStep) {
-        float scores[kElements];
-        load_vector(scores, logits, column, p.vocabulary, aligned);
+    const int target_column = valid ? int(target) : -1;
+    for_each_vectors<kAligned>(logits, p.vocabulary, [&](auto& vectors, int column, int) {
 #pragma unroll
-        for (int j = 0; j < kElements; ++j) {
-            const float one = column + j == target ? 1.0f : 0.0f;
-            scores[j] = counted ? (expf(scores[j] - lse) - one) * scale : 0.0f;
+        for (int i = 0; i < int(sizeof(vectors) / sizeof(vectors[0])); ++i) {
+            const int at = column + i * kVectorStep;
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) {
+                const float one = at + j == target_column ? 1.0f : 0.0f;
+                vectors[i].set(j, counted ? (exp_approx(vectors[i][j] - lse) - one) * scale : 0.0f);
+            }
+            store_packed(logits, vectors[i], at, p.vocabulary, kAligned);
         }
-        store_vector(logits, scores, column, p.vocabulary, aligned);
-    }
+    });
 }
 
 template <typename T>
 void launch_cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
-    const bool aligned = rows_aligned(p.logits, p.stride, sizeof(T));
     const LaunchShape shape = {static_cast<unsigned>(p.rows), kCrossEntropyThreads, 0, stream};
-    launch<cross_entropy_kernel<T>>("cross_entropy_kernel", shape, p, aligned);
+    if (rows_aligned(p.logits, p.stride, sizeof(T)))
+        launch<cross_entropy_kernel<T, true>>("cross_entropy_kernel", shape, p);
+    else
+        launch<cross_entropy_kernel<T, false>>("cross_entropy_kernel", shape, p);
 }

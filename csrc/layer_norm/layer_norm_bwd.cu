@@ -9,6 +9,5 @@ void layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream) {
 }
 
 int layer_norm_bwd_partial_rows(int64_t rows, int columns, int sm_count) {
-    const RowShape shape = row_shape(columns);
-    return layer_norm_bwd_ctas(rows, shape, sm_count) * shape.rows_per_cta;
+    return layer_norm_bwd_ctas(rows, row_shape(columns), sm_count);
 }

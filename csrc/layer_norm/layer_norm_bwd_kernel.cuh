@@ -9,35 +9,55 @@
 #include "layer_norm/layer_norm.h"
 #include "layer_norm/layer_norm_shape.cuh"
 
-// T: dy, grad_x and, unless they are float32, the parameters. H: h, dh and grad_h.
-template <typename T, typename H, int kVectors>
-__global__ void __launch_bounds__(max_threads(kVectors), 1) layer_norm_bwd_kernel(const LayerNormBwdParams p, bool aligned) {
-    __shared__ float2 scratch[kMaxWarps];
-    // Beyond one vector the gradients' accumulators live in shared memory (this thread's own columns, so no barrier),
-    // and where even that is too small, in the CTA's partial row itself.
-    constexpr bool kAccumulateInRegisters = kVectors == 1;
-    constexpr bool kAccumulateInShared = kVectors > 1;
-    extern __shared__ float shared_accumulators[];  // kAccumulateInShared: (blockDim.y, 2, blockDim.x * kVectors * kElements)
-    constexpr int kHeld = kVectors > 0 ? kVectors : 1;
-
-    float weight_registers[kElements] = {};
-    float bias_registers[kElements] = {};
-    const int partial = blockIdx.x * blockDim.y + threadIdx.y;
-    float* weight_partial = p.partials + static_cast<int64_t>(partial) * p.columns;
-    float* bias_partial = p.partials + static_cast<int64_t>(p.partial_rows + partial) * p.columns;
-    const int accumulator_size = blockDim.x * kVectors * kElements;
-    float* shared_row = shared_accumulators + 2 * threadIdx.y * accumulator_size;
-    float* weight_accumulator = kAccumulateInShared ? shared_row : weight_partial;
-    float* bias_accumulator = kAccumulateInShared ? shared_row + accumulator_size : bias_partial;
-    const uint64_t seed = p.seed ? *p.seed : 0;
-    if (p.partials && !kAccumulateInRegisters) {
-        const float zeros[kElements] = {};
-        for_each_vector<kVectors>(p.columns, [&](int, int column) {
-            store_vector(weight_accumulator, zeros, column, p.columns, aligned);
-            store_vector(bias_accumulator, zeros, column, p.columns, aligned);
+// grads, added up over the rows of the CTA one after the other, become `partial`: (columns,).
+template <bool kWhole, int kVectors>
+__device__ __forceinline__ void store_partial(float* partial, int columns, Packed<float> (&grads)[kVectors]) {
+    constexpr int kMost = kThreadsPerCta / 2 * kMaxVectors * kElements;  // columns, where a CTA has several rows
+    __shared__ __align__(16) float totals[kMost];
+    for (int row = 0; row < blockDim.y; ++row) {
+        __syncthreads();
+        if (threadIdx.y != row) continue;
+        for_each_vector<kVectors>(columns, [&](int i, int column) {
+            if (column >= columns) return;
+            const Packed<float> before = row > 0 ? load_packed(totals, column, kMost, true) : Packed<float>{};
+#pragma unroll
+            for (int j = 0; j < kElements; ++j) grads[i].set(j, grads[i][j] + before[j]);
+            if (row + 1 < blockDim.y)
+                store_packed(totals, grads[i], column, kMost, true);
+            else
+                store_packed<kWhole>(partial, grads[i], column, columns);
         });
     }
+}
 
+// How many threads of these kernels an SM holds, and a CTA has at most: they bound the registers, and the grid is made
+// for them. Light: 16-bit h in whole words, which takes the fewest registers.
+constexpr int bwd_threads_per_sm(int vectors, bool light) {
+    return vectors == 0 ? 512 : !light ? 256 : vectors == kMaxVectors ? 384 : 640;
+}
+constexpr int bwd_max_threads(int vectors, bool light) { return vectors > 0 && !light ? 256 : max_threads(vectors); }
+
+// T: dy, grad_x and, unless they are float32, the parameters. H: h, dh and grad_h. kWhole: rows are of whole 16-byte
+// words. `blockDim.y` rows at a time.
+template <typename T, typename H, int kVectors, bool kWhole, bool kLight = kWhole && sizeof(H) == 2>
+__global__ void __launch_bounds__(bwd_max_threads(kVectors, kLight),
+                                  bwd_threads_per_sm(kVectors, kLight) / bwd_max_threads(kVectors, kLight))
+    layer_norm_bwd_kernel(const LayerNormBwdParams p) {
+    __shared__ float2 scratch[kMaxWarps];
+    // The parameters' gradients: in registers, and where the row is not, in the CTA's partial row itself.
+    constexpr bool kInRegisters = kVectors > 0;
+    constexpr int kHeld = kInRegisters ? kVectors : 1;
+    Packed<float> weight_grads[kHeld] = {}, bias_grads[kHeld] = {};
+    float* const weight_partial = p.partials + static_cast<int64_t>(blockIdx.x) * p.columns;
+    float* const bias_partial = p.partials + static_cast<int64_t>(p.partial_rows + blockIdx.x) * p.columns;
+    const uint64_t seed = p.seed ? *p.seed : 0;
+
+    if (!kInRegisters && p.partials) {
+        for_each_vector<kVectors>(p.columns, [&](int, int column) {
+            store_packed<kWhole>(weight_partial, weight_grads[0], column, p.columns);
+            store_packed<kWhole>(bias_partial, bias_grads[0], column, p.columns);
+        });
+    }
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     // All rows of a CTA go round together: they share its barriers.
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows; first += step) {
@@ -45,93 +65,81 @@ __global__ void __launch_bounds__(max_threads(kVectors), 1) layer_norm_bwd_kerne
         const int columns = row < p.rows ? p.columns : 0;
         const T* dy_row = static_cast<const T*>(p.dy) + row * p.dy_stride;
         const H* h_row = static_cast<const H*>(p.h) + row * p.h_stride;
-        const float mean = columns ? p.mean[row] : 0.0f;
-        const float rstd = columns ? p.rstd[row] : 0.0f;
+        const H* dh_row = static_cast<const H*>(p.dh) + row * p.dh_stride;
 
         Packed<T> dy[kHeld];
         Packed<H> h[kHeld];
-        auto read = [&](int i, int column) {
-            dy[i] = load_packed(dy_row, column, columns, aligned);
-            h[i] = load_packed(h_row, column, columns, aligned);
+        auto start_reading = [&](int i, int column) {
+            dy[i] = load_packed<kWhole>(dy_row, column, columns);
+            h[i] = load_packed<kWhole>(h_row, column, columns);
         };
-        auto x_hat = [&](int i, int j, int column) { return column + j < columns ? (h[i][j] - mean) * rstd : 0.0f; };
+        if constexpr (kInRegisters) for_each_vector<kVectors>(columns, start_reading);
+        const float mean = columns ? p.mean[row] : 0.0f;
+        const float rstd = columns ? p.rstd[row] : 0.0f;
+        auto x_hat = [&](int i, int j) { return (h[i][j] - mean) * rstd; };
 
         float2 sums = make_float2(0.0f, 0.0f);
-        for_each_vector<kVectors>(columns, [&](int i, int column) { if (kVectors > 0) read(i, column); });
-        for_each_vector<kVectors>(columns, [&](int i, int column) {
-            if (kVectors == 0) read(i, column);
-            float weight[kElements];
-            load_vector_as<T>(weight, p.weight, p.weight_is_float, column, columns, aligned);
+        with_parameters<T>(p.weight_is_float, [&](auto parameter) {
+            using P = decltype(parameter);
+            for_each_vector<kVectors>(columns, [&](int i, int column) {
+                if constexpr (!kInRegisters) start_reading(i, column);
+                const Packed<P> weight = load_packed<kWhole>(static_cast<const P*>(p.weight), column, columns);
 #pragma unroll
-            for (int j = 0; j < kElements; ++j) {
-                const float weighted = dy[i][j] * weight[j];
-                sums.x += weighted * x_hat(i, j, column);
-                sums.y += weighted;
-            }
+                for (int j = 0; j < kElements; ++j) {
+                    // Past the end of the row dy is 0.
+                    const float weighted = dy[i][j] * weight[j];
+                    sums.x += weighted * x_hat(i, j);
+                    sums.y += weighted;
+                }
+            });
         });
         sums = row_sum(sums, blockDim.x, scratch);
         const float along_x_hat = sums.x / p.columns, along_one = sums.y / p.columns;
 
-        for_each_vector<kVectors>(columns, [&](int i, int column) {
-            if (kVectors == 0) read(i, column);
-            float grad[kElements];
-            load_vector_as<T>(grad, p.weight, p.weight_is_float, column, columns, aligned);
-#pragma unroll
-            for (int j = 0; j < kElements; ++j)
-                grad[j] = (dy[i][j] * grad[j] - x_hat(i, j, column) * along_x_hat - along_one) * rstd;
-            if (p.dh) {
-                const H* dh_row = static_cast<const H*>(p.dh) + row * p.dh_stride;
-                const Packed<H> dh = load_packed(dh_row, column, columns, aligned);
-#pragma unroll
-                for (int j = 0; j < kElements; ++j) grad[j] += dh[j];
-            }
-            store_vector(static_cast<H*>(p.grad_h) + row * p.columns, grad, column, columns, aligned);
-            if (p.grad_x) {
-                if (p.seed) {
-#pragma unroll
-                    for (int j = 0; j < kElements; ++j)
-                        grad[j] = is_kept(seed, row, column + j, p.drop_below) ? grad[j] * p.keep_scale : 0.0f;
+        with_parameters<T>(p.weight_is_float, [&](auto parameter) {
+            using P = decltype(parameter);
+            for_each_vector<kVectors>(columns, [&](int i, int column) {
+                if constexpr (!kInRegisters) start_reading(i, column);
+                const Packed<P> weight = load_packed<kWhole>(static_cast<const P*>(p.weight), column, columns);
+                Packed<H> dh = {};
+                if (p.dh) dh = load_packed<kWhole>(dh_row, column, columns);
+                float grad[kElements];
+                Packed<H> grad_h;
+                if (!kInRegisters && p.partials) {
+                    weight_grads[i] = load_packed<kWhole>(weight_partial, column, columns);
+                    bias_grads[i] = load_packed<kWhole>(bias_partial, column, columns);
                 }
-                store_vector(static_cast<T*>(p.grad_x) + row * p.columns, grad, column, columns, aligned);
-            }
-            if (!p.partials) return;
-            if constexpr (kAccumulateInRegisters) {
 #pragma unroll
                 for (int j = 0; j < kElements; ++j) {
-                    weight_registers[j] += dy[i][j] * x_hat(i, j, column);
-                    bias_registers[j] += dy[i][j];
+                    const float x = x_hat(i, j);
+                    grad[j] = (dy[i][j] * weight[j] - x * along_x_hat - along_one) * rstd + dh[j];
+                    grad_h.set(j, grad[j]);
+                    weight_grads[i].set(j, weight_grads[i][j] + dy[i][j] * x);
+                    bias_grads[i].set(j, bias_grads[i][j] + dy[i][j]);
                 }
-            } else {
-                float total[kElements];
-                load_vector(total, weight_accumulator, column, columns, aligned);
+                store_packed<kWhole>(static_cast<H*>(p.grad_h) + row * p.columns, grad_h, column, columns);
+                if (!kInRegisters && p.partials) {
+                    store_packed<kWhole>(weight_partial, weight_grads[i], column, columns);
+                    store_packed<kWhole>(bias_partial, bias_grads[i], column, columns);
+                }
+                if (!p.grad_x) return;
+                Packed<T> grad_x;
 #pragma unroll
-                for (int j = 0; j < kElements; ++j) total[j] += dy[i][j] * x_hat(i, j, column);
-                store_vector(weight_accumulator, total, column, columns, aligned);
-                load_vector(total, bias_accumulator, column, columns, aligned);
-#pragma unroll
-                for (int j = 0; j < kElements; ++j) total[j] += dy[i][j];
-                store_vector(bias_accumulator, total, column, columns, aligned);
-            }
+                for (int j = 0; j < kElements; ++j) {
+                    const bool kept = !p.seed || is_kept(seed, row, column + j, p.drop_below);
+                    grad_x.set(j, kept ? grad[j] * p.keep_scale : 0.0f);
+                }
+                store_packed<kWhole>(static_cast<T*>(p.grad_x) + row * p.columns, grad_x, column, columns);
+            });
         });
     }
-
-    if (!p.partials || kVectors == 0) return;
-    for_each_vector<kVectors>(p.columns, [&](int i, int column) {
-        if constexpr (kAccumulateInShared) {
-            float total[kElements];
-            load_vector(total, weight_accumulator, column, p.columns, aligned);
-            store_vector(weight_partial, total, column, p.columns, aligned);
-            load_vector(total, bias_accumulator, column, p.columns, aligned);
-            store_vector(bias_partial, total, column, p.columns, aligned);
-        } else {
-            store_vector(weight_partial, weight_registers, column, p.columns, aligned);
-            store_vector(bias_partial, bias_registers, column, p.columns, aligned);
-        }
-    });
+    if (!kInRegisters || !p.partials) return;
+    store_partial<kWhole>(weight_partial, p.columns, weight_grads);
+    store_partial<kWhole>(bias_partial, p.columns, bias_grads);
 }
 
-// grad[n] = sum over the partial rows. One warp row of threads per 32 columns, 8 partial rows at a time.
-constexpr int kReduceRows = 8;
+// grad[n] = sum over the partial rows: 32 columns by as many partial rows at a time, and each thread a few of those.
+constexpr int kReduceRows = 32;
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kReduceRows) layer_norm_bwd_reduce_kernel(const LayerNormBwdParams p) {
@@ -142,50 +150,58 @@ __global__ void __launch_bounds__(32 * kReduceRows) layer_norm_bwd_reduce_kernel
     const float* partials = p.partials + static_cast<int64_t>(blockIdx.y) * p.partial_rows * p.columns;
     float sum = 0.0f;
     if (column < p.columns)
+#pragma unroll 4
         for (int row = threadIdx.y; row < p.partial_rows; row += kReduceRows)
             sum += partials[static_cast<int64_t>(row) * p.columns + column];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y != 0 || column >= p.columns) return;
-    sum = 0.0f;
+    // Warp y has one of the columns now, a lane for each row.
+    sum = sums[threadIdx.x][threadIdx.y];
 #pragma unroll
-    for (int row = 0; row < kReduceRows; ++row) sum += sums[row][threadIdx.x];
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    const int summed = blockIdx.x * 32 + threadIdx.y;
+    if (threadIdx.x != 0 || summed >= p.columns) return;
     if (p.weight_is_float)
-        static_cast<float*>(out)[column] = sum;
+        static_cast<float*>(out)[summed] = sum;
     else
-        static_cast<T*>(out)[column] = from_float<T>(sum);
+        static_cast<T*>(out)[summed] = from_float<T>(sum);
 }
 
+inline int bwd_ctas_per_sm(const RowShape& shape, bool light) {
+    return bwd_threads_per_sm(shape.vectors, light) / (shape.threads_per_row * shape.rows_per_cta);
+}
+
+// As many as an SM holds of the light kernels. The others use fewer of the partial rows.
 inline int layer_norm_bwd_ctas(int64_t rows, const RowShape& shape, int sm_count) {
-    const int threads = shape.threads_per_row * shape.rows_per_cta;
-    const int64_t resident = static_cast<int64_t>(sm_count) * (threads >= 1024 ? 1 : 1024 / threads);
+    const int64_t resident = static_cast<int64_t>(sm_count) * bwd_ctas_per_sm(shape, true);
     const int64_t needed = ceil_div(rows, shape.rows_per_cta);
     return static_cast<int>(needed < resident ? needed : resident);
 }
 
-template <typename T, typename H, int kVectors>
-void launch_layer_norm_bwd_rows(const LayerNormBwdParams& p, const RowShape& shape, bool aligned, cudaStream_t stream) {
-    const dim3 block(shape.threads_per_row, shape.rows_per_cta);
-    const int elements = shape.rows_per_cta * shape.threads_per_row * kVectors * kElements;
-    const int shared = kVectors > 1 && p.partials ? 2 * elements * static_cast<int>(sizeof(float)) : 0;
-    const unsigned ctas = p.partial_rows / shape.rows_per_cta;
-    launch<layer_norm_bwd_kernel<T, H, kVectors>>("layer_norm_bwd_kernel", {ctas, block, shared, stream}, p, aligned);
+template <typename T, typename H, bool kWhole>
+void launch_layer_norm_bwd_rows(LayerNormBwdParams p, cudaStream_t stream) {
+    constexpr bool kLight = kWhole && sizeof(H) == 2;
+    constexpr int kMost = kWhole ? kMaxVectors : 2;
+    const RowShape light = row_shape(p.columns), shape = row_shape(p.columns, kMost, bwd_max_threads(kMost, kLight));
+    const int fewer = p.partial_rows * bwd_ctas_per_sm(shape, kLight) / bwd_ctas_per_sm(light, true);
+    p.partial_rows = fewer > 0 ? fewer : 1;
+    const LaunchShape launch_shape = {static_cast<unsigned>(p.partial_rows),
+                                      dim3(shape.threads_per_row, shape.rows_per_cta), 0, stream};
+    with_vectors(shape.vectors, [&](auto vectors) {
+        if constexpr (vectors.value <= kMost)
+            launch<layer_norm_bwd_kernel<T, H, vectors.value, kWhole>>("layer_norm_bwd_kernel", launch_shape, p);
+    });
+    if (!p.partials) return;
+    const LaunchShape reduce_shape = {dim3(static_cast<unsigned>(ceil_div(p.columns, 32)), 2), dim3(32, kReduceRows), 0,
+                                      stream};
+    launch<layer_norm_bwd_reduce_kernel<T>>("layer_norm_bwd_reduce_kernel", reduce_shape, p);
 }
 
 template <typename T, typename H>
 void launch_layer_norm_bwd(const LayerNormBwdParams& p, cudaStream_t stream) {
-    const RowShape shape = row_shape(p.columns);
-    const bool aligned = p.columns % kElements == 0 && rows_aligned(p.dy, p.dy_stride, sizeof(T)) &&
-                         rows_aligned(p.dh, p.dh_stride, sizeof(H)) && rows_aligned(p.h, p.h_stride, sizeof(H)) &&
-                         rows_aligned(p.weight, 0, 4) && rows_aligned(p.grad_h, p.columns, sizeof(H)) &&
-                         rows_aligned(p.grad_x, p.columns, sizeof(T)) && rows_aligned(p.partials, p.columns, 4);
-    switch (shape.vectors) {
-        case 1: launch_layer_norm_bwd_rows<T, H, 1>(p, shape, aligned, stream); break;
-        case 2: launch_layer_norm_bwd_rows<T, H, 2>(p, shape, aligned, stream); break;
-        case 4: launch_layer_norm_bwd_rows<T, H, 4>(p, shape, aligned, stream); break;
-        default: launch_layer_norm_bwd_rows<T, H, 0>(p, shape, aligned, stream); break;
-    }
-    if (!p.partials) return;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.columns, 32)), 2);
-    launch<layer_norm_bwd_reduce_kernel<T>>("layer_norm_bwd_reduce_kernel", {grid, dim3(32, kReduceRows), 0, stream}, p);
+    const bool whole = p.columns % kElements == 0 && rows_aligned(p.dy, p.dy_stride, sizeof(T)) &&
+                       rows_aligned(p.dh, p.dh_stride, sizeof(H)) && rows_aligned(p.h, p.h_stride, sizeof(H)) &&
+                       rows_aligned(p.weight, 0, 4) && rows_aligned(p.grad_h, p.columns, sizeof(H)) &&
+                       rows_aligned(p.grad_x, p.columns, sizeof(T)) && rows_aligned(p.partials, p.columns, 4);
+    with_bool(whole, [&](auto is_whole) { launch_layer_norm_bwd_rows<T, H, is_whole.value>(p, stream); });
 }

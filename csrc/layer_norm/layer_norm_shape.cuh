@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/vector.cuh"
 
@@ -11,15 +12,17 @@ struct RowShape {
     int threads_per_row, rows_per_cta, vectors;
 };
 
-constexpr int max_threads(int vectors) { return vectors == 0 ? 512 : vectors == 4 ? 384 : 256; }
+constexpr int kMaxVectors = 4;
+constexpr int kThreadsPerCta = 128;
+constexpr int max_threads(int vectors) { return vectors == 0 ? 512 : vectors == kMaxVectors ? 384 : kThreadsPerCta; }
 
-inline RowShape row_shape(int columns) {
-    constexpr int kThreadsPerCta = 128;
-    for (int vectors : {1, 2, 4}) {
+// The fewest threads that hold the row: then most of it is under way at once, and least is left to add up.
+inline RowShape row_shape(int columns, int most_vectors = kMaxVectors, int most_threads = max_threads(kMaxVectors)) {
+    for (int vectors = 1; vectors <= most_vectors; vectors *= 2) {
         const int threads = (columns + vectors * kElements - 1) / (vectors * kElements);
         const int rounded = (threads + 31) / 32 * 32;
-        if (rounded <= max_threads(vectors))
-            return {rounded, rounded >= kThreadsPerCta ? 1 : kThreadsPerCta / rounded, vectors};
+        if (rounded > (vectors < most_vectors ? 32 : most_threads)) continue;
+        return {rounded, rounded >= kThreadsPerCta ? 1 : kThreadsPerCta / rounded, vectors};
     }
     return {max_threads(0), 1, 0};
 }
@@ -58,5 +61,32 @@ __device__ __forceinline__ void for_each_vector(int columns, Body body) {
         for (int i = 0; i < kVectors; ++i) body(i, (i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kElements);
     } else {
         for (int column = threadIdx.x * kElements; column < columns; column += blockDim.x * kElements) body(0, column);
+    }
+}
+
+// Calls work with a value of the parameters' type: float32 or T, known only at run time.
+template <typename T, typename Work>
+__device__ __forceinline__ void with_parameters(bool is_float, Work work) {
+    if constexpr (std::is_same_v<T, float>)
+        work(float{});
+    else if (is_float)
+        work(float{});
+    else
+        work(T{});
+}
+
+// Calls work with a constant of compile time.
+template <typename Work>
+void with_bool(bool value, Work work) {
+    value ? work(std::true_type{}) : work(std::false_type{});
+}
+
+template <typename Work>
+void with_vectors(int vectors, Work work) {
+    switch (vectors) {
+        case 1: return work(std::integral_constant<int, 1>{});
+        case 2: return work(std::integral_constant<int, 2>{});
+        case 4: return work(std::integral_constant<int, 4>{});
+        default: return work(std::integral_constant<int, 0>{});
     }
 }

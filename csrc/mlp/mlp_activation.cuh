@@ -3,8 +3,6 @@
 #include "common/hopper.cuh"
 #include "mlp/mlp.h"
 
-constexpr float kLog2E = 1.44269504088896f;
-
 // 1 / (1 + 2^x)
 __device__ __forceinline__ float sigmoid_of_log2(float x) { return reciprocal_approx(1.f + exp2_approx(x)); }
 

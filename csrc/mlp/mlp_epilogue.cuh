@@ -109,15 +109,22 @@ struct MlpLinear {
         }
 
         __device__ __forceinline__ void end(MlpTile rows, const float (&total)[MlpTraits::kColumns / 2]) {
-            const MlpArguments& args = boxes.args;
-            if (args.has_epilogue_in)
+            if (boxes.args.has_epilogue_in)
                 boxes.wait_loaded();
             else
                 boxes.wait_stored<0>();
+            put(rows, total, boxes.args.has_epilogue_in, &boxes.args.out);
+        }
+
+        __device__ __forceinline__ void finish() {}
+
+        // product + bias, and with `adds` what the boxes hold, into the boxes and out of them unless `map` is null
+        __device__ __forceinline__ void put(MlpTile rows, const float (&total)[MlpTraits::kColumns / 2], bool adds,
+                                            const CUtensorMap* map) {
 #pragma unroll
             for (int box = 0; box < MlpTraits::kBoxes; ++box) {
                 uint32_t words[kWords] = {};
-                if (args.has_epilogue_in) boxes.read(box, words);
+                if (adds) boxes.read(box, words);
 #pragma unroll
                 for (int i = 0; i < kWords; ++i) {
                     const int at = box * kWords + i;
@@ -125,11 +132,9 @@ struct MlpLinear {
                     words[i] = pack<T>(total[2 * at] + b.x + r.x, total[2 * at + 1] + b.y + r.y);
                 }
                 boxes.write(box, words);
-                boxes.start_store(&args.out, rows, box);
+                if (map) boxes.start_store(map, rows, box);
             }
         }
-
-        __device__ __forceinline__ void finish() {}
     };
 };
 
@@ -140,37 +145,23 @@ struct MlpActivate {
     static constexpr bool kWeightAcross = false;
 
     template <class T>
-    struct Warp {
-        static constexpr int kWords = MlpBoxes::kWords;
-        MlpBoxes boxes;
-        MlpBias bias;
+    struct Warp : MlpLinear::Warp<T> {
+        using MlpLinear::Warp<T>::boxes;
         MlpTile held = {};                  // the tile that is in the boxes
         uint32_t done = MlpBoxes::kBlocks;  // how many of its blocks are activated
 
-        __device__ __forceinline__ Warp(const MlpArguments& args, MlpShared& shared, int warp)
-            : boxes(args, shared, warp) {}
+        using MlpLinear::Warp<T>::Warp;
 
         // Spread evenly over the steps but the first, when the copies out of the boxes have just begun.
         __device__ __forceinline__ void during(int step, int steps, MlpTile rows) {
-            if (step == 0) bias.load(boxes.args, rows.column);
+            if (step == 0) this->bias.load(boxes.args, rows.column);
             activate_until(step, steps - 1);
         }
 
         __device__ __forceinline__ void end(MlpTile rows, const float (&total)[MlpTraits::kColumns / 2]) {
             finish();
-            boxes.wait_stored<0>();
-#pragma unroll
-            for (int box = 0; box < MlpTraits::kBoxes; ++box) {
-                uint32_t words[kWords];
-#pragma unroll
-                for (int i = 0; i < kWords; ++i) {
-                    const int at = box * kWords + i;
-                    const float2 b = bias.of<T>(at);
-                    words[i] = pack<T>(total[2 * at] + b.x, total[2 * at + 1] + b.y);
-                }
-                boxes.write(box, words);
-                if (boxes.args.has_side_out) boxes.start_store(&boxes.args.side_out, rows, box);
-            }
+            boxes.template wait_stored<0>();
+            this->put(rows, total, false, boxes.args.has_side_out ? &boxes.args.side_out : nullptr);
             held = rows, done = 0;
         }
 
@@ -181,7 +172,7 @@ struct MlpActivate {
 #pragma unroll 1
             for (; done < MlpBoxes::kBlocks && int(done) * steps < MlpBoxes::kBlocks * step; ++done) {
                 // Stored since: side_out's boxes after this one, out's before.
-                if (done % MlpBoxes::kBlocksPerBox == 0) boxes.wait_stored<MlpTraits::kBoxes - 1>();
+                if (done % MlpBoxes::kBlocksPerBox == 0) boxes.template wait_stored<MlpTraits::kBoxes - 1>();
                 const uint32_t at = boxes.block_at(done);
                 uint32_t words[4];
                 ldmatrix_x4(at, words);
@@ -254,7 +245,7 @@ struct MlpBackward {
 
         __device__ __forceinline__ void finish() {}
 
-        // Over the rows of the warpgroup, of what was written, rounded: the bias's gradient is made of what the others are.
+        // Over the warpgroup's rows, of what was written, rounded: the bias's gradient is made of what the others are.
         __device__ __forceinline__ void store_sums(MlpTile rows) {
             constexpr int kGroup = 1, kPairs = MlpTraits::kBoxColumns / 2;  // kGroup: named barriers, one per group
             const int group = warp / 4, lane = boxes.lane, pair = threadIdx.x % kWarpgroup;

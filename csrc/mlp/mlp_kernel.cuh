@@ -22,8 +22,8 @@ __device__ __forceinline__ void mlp_produce(const MlpArguments& args, MlpShared&
             mbarrier_arrive_expect(full, sizeof(shared.a[0]) + sizeof(shared.b[0]));
             tma_load_2d(shared_address(shared.a[stage]), &args.a, full, k, tile.row);
             if constexpr (Epilogue::kWeightAcross) {
-                for (int panel = 0; panel < kShare; panel += kPanel)
-                    tma_multicast_2d(b + panel * Traits::kDepth * 2, &args.b, full, tile.column + share + panel, k, kAll);
+                for (int i = 0; i < kShare; i += kPanel)
+                    tma_multicast_2d(b + i * Traits::kDepth * 2, &args.b, full, tile.column + share + i, k, kAll);
             } else {
                 tma_multicast_2d(b, &args.b, full, k, tile.column + share, kAll);
             }
@@ -39,7 +39,8 @@ __device__ __forceinline__ void mlp_multiply(const MlpArguments& args, MlpShared
     using Traits = MlpTraits;
     constexpr bool kAcross = Epilogue::kWeightAcross;
     constexpr int kRowBytes = Traits::kDepth * 2;
-    const uint64_t a_operand = operand_depth_in_rows<128>(shared_address(&shared.a[0][group * Traits::kGroupRows * Traits::kDepth]));
+    const uint32_t a_address = shared_address(&shared.a[0][group * Traits::kGroupRows * Traits::kDepth]);
+    const uint64_t a_operand = operand_depth_in_rows<128>(a_address);
     const uint32_t b_address = shared_address(shared.b);
     const uint64_t b_operand = kAcross ? operand_depth_across_rows<128>(b_address, 64 * kRowBytes)
                                        : operand_depth_in_rows<128>(b_address);

@@ -145,6 +145,30 @@ def test_tiles_are_dealt_to_who_is_free():
     assert tiles.makespan(cost, [1] * (SMS + 1)) == 2
 
 
+class Launch:
+    """Of one tile that takes 900 cycles, or as long as its products where those take longer."""
+
+    cluster_size = 2
+
+    def __init__(self, blocks, tiles_=1):
+        self.blocks, self.tiles = blocks, tiles_
+
+    def time(self, mhz):
+        tensor = 100.0 * self.blocks
+        busy = {"tensor": tensor * self.cluster_size, "xu": 8.0}
+        return timing.Timed(max(900.0 * self.tiles, tensor), busy, {}, [], [])
+
+
+def test_no_prediction_is_below_what_keeps_a_unit_busy():
+    """Between 8 and 10 blocks the launch takes 50 cycles longer for each: half of what the tensor cores need."""
+    samples = [(1, 8, Launch(8)), (2, 16, Launch(16, 2)), (1, 10, Launch(10))]
+    stage = tiles.Stage("products", samples, [1000] * 3 * SMS)
+    assert stage.cost(1500).block < stage.limits(1500)["tensor"].block == pytest.approx(100)
+    assert stage.microseconds(1500) >= 3 * 1000 * 100 / 1500
+    short = tiles.Stage("products", samples, [8] * 3 * SMS)
+    assert short.microseconds(1500) == pytest.approx(3 * 900 / 1500 + 2)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 100, 128, 129, 700])
 @pytest.mark.parametrize("tokens", [512, 1000])

@@ -3,6 +3,9 @@
 A launch of the real size has thousands of tiles of a few lengths. What a tile costs is taken from small launches, on a
 device with one SM: cycles = start + tiles * per_tile + blocks * per_block. The real tiles are then dealt out in their order,
 each to the SM that is free first.
+
+Long tiles hide more of what is not in their blocks than short ones do, so that a block seems to cost less than it keeps
+the busiest unit for. No launch is therefore said to take less than its tiles keep any unit busy.
 """
 
 import heapq
@@ -45,6 +48,15 @@ def makespan(cost: Cost, lengths: list[int], sms: int = SMS) -> float:
     return cost.start + max(free)
 
 
+PER_SCHEDULER = ("fma", "alu", "xu")  # units that each of an SM's four schedulers has
+
+
+def busy_cycles(recorded: Recorded, timed: Timed) -> dict[str, float]:
+    """For how long each unit of an SM was busy, on average over the launch's SMs and a unit's copies"""
+    copies = {unit: recorded.cluster_size * (4 if unit in PER_SCHEDULER else 1) for unit in timed.busy}
+    return {unit: cycles / copies[unit] for unit, cycles in timed.busy.items()}
+
+
 @dataclass
 class Stage:
     """One kernel of a pass, at the size that is asked for."""
@@ -59,11 +71,19 @@ class Stage:
         return [recorded.time(mhz, **{**self.shares, **changes}) for *_, recorded in self.samples]
 
     def cost(self, mhz: float, **changes: float) -> Cost:
-        times = self.timed(mhz, **changes)
-        return fit_cost([(*sample[:2], timed.cycles) for sample, timed in zip(self.samples, times)])
+        return self._fit([timed.cycles for timed in self.timed(mhz, **changes)])
+
+    def limits(self, mhz: float, **changes: float) -> dict[str, Cost]:
+        """What a tile and a block keep each unit busy for"""
+        busy = [busy_cycles(sample[-1], timed) for sample, timed in zip(self.samples, self.timed(mhz, **changes))]
+        return {unit: self._fit([cycles[unit] for cycles in busy]) for unit in busy[0]}
+
+    def _fit(self, cycles: list[float]) -> Cost:
+        return fit_cost([(*sample[:2], value) for sample, value in zip(self.samples, cycles)])
 
     def microseconds(self, mhz: float, **changes: float) -> float:
-        return makespan(self.cost(mhz, **changes), self.lengths, self.slots) / mhz + LAUNCH_US
+        costs = [self.cost(mhz, **changes), *self.limits(mhz, **changes).values()]
+        return max(makespan(cost, self.lengths, self.slots) for cost in costs) / mhz + LAUNCH_US
 
 
 def streaming(name: str, samples: list[tuple[int, Recorded]], amount: int) -> Stage:
