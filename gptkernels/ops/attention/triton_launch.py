@@ -32,7 +32,14 @@ _SM90 = {
     },
     4: _FLOAT32,
 }  # fmt: skip
-_SM100 = {**_SM90, 2: {**_SM90[2], "dkdv": {**_SM90[2]["dkdv"], 64: (64, 128, 8, 2), 192: (16, 16, 4, 1)}}}
+_SM100 = {
+    2: {
+        "fwd": _SM90[2]["fwd"],
+        "dq": {**_SM90[2]["dq"], 128: (128, 64, 4, 3), 192: (128, 64, 8, 2)},
+        "dkdv": {**_SM90[2]["dkdv"], 64: (64, 128, 8, 2), 192: (64, 64, 8, 2)},
+    },
+    4: _FLOAT32,
+}
 TABLES = {80: _SM80, 89: _SM80, 90: _SM90, 100: _SM100}
 # For 9.0 where TMA loads keys and values (dkdv: queries and gradients of the output): their addresses take no registers
 # then, and tiles may be larger. Wider heads keep to pointers forward. So does 10.0 in all: Triton 3.6 fails to compile
