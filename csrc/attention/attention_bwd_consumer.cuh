@@ -6,7 +6,7 @@ template <class T, int HeadDim>
 struct AttentionBwdConsumer {
     using Traits = AttentionBwdTraits<HeadDim>;
     static constexpr int kScores = Traits::kScoreColumns / 2, kGradients = Traits::kGradientColumns / 2;  // registers
-    static constexpr int kEveryGroup = 1;                                                              // named barrier
+    static constexpr int kEveryGroup = 1, kGroup = 2;  // named barriers; of the second one per group
     static constexpr int kPanelBytes = Traits::kBlockN * Traits::kRowBytes;
     static constexpr int kQPanelBytes = Traits::kBlockM * Traits::kRowBytes;
 
@@ -293,8 +293,10 @@ struct AttentionBwdConsumer {
 
     // What was added up, and K and V are not needed any more.
     __device__ __forceinline__ void store(const AttentionTile& tile) {
+        // Rows go out over those columns of K that only this warpgroup multiplied after the last barrier of all.
+        static_assert(!Traits::kSplitColumns || Traits::kOutBytes == 2 * Traits::kBlockN * Traits::kDqColumns, "");
         if constexpr (Traits::kSplitColumns)
-            named_barrier_sync(kEveryGroup, 2 * kWarpgroup);  // rows go out over K and V
+            named_barrier_sync(kGroup + group, kWarpgroup);
         else
             arrive(Traits::kKvEmpty);
         if (args.workspace.splits > 1) {
