@@ -17,7 +17,7 @@ FILES = ("mlp_kernel.cuh", "mlp_epilogue.cuh")
 STATEMENT = re.compile(
     r"(?<!auto )\b(mbarrier_wait|mbarrier_arrive_expect|mbarrier_arrive_remote|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
     r"fence_async_proxy|fence_mbarrier_init|cluster_sync|named_barrier_sync|named_barrier_arrive|bulk_wait_read(?:<\w+>)?|"
-    r"bulk_commit|release|boxes\.wait_stored<[^;>]*>|boxes\.wait_loaded|__syncwarp)\([^;{}]*\);"
+    r"bulk_commit|release|boxes\.(?:template )?wait_stored<[^;>]*>|boxes\.wait_loaded|__syncwarp)\([^;{}]*\);"
 )
 # What may go without a wrong result, by how the source goes on from there, and why.
 ONE_BY_ONE = "the simulator runs a warp's lanes together"

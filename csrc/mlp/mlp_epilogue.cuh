@@ -219,12 +219,12 @@ struct MlpBackward {
             };
             boxes.wait_loaded();
 #pragma unroll
-            for (int block = 0; block < MlpBoxes::kBlocks; ++block) {
-                const uint32_t at = boxes.block_at(block);
-                uint32_t words[4];
-                ldmatrix_x4(at, words);
+            for (int block = 0; block < MlpBoxes::kBlocks; block += 2) {
+                const uint32_t at[2] = {boxes.block_at(block), boxes.block_at(block + 1)};
+                uint32_t words[8];
+                ldmatrix_x4(at[0], words), ldmatrix_x4(at[1], words + 4);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
+                for (int i = 0; i < 8; ++i) {
                     const float* const t = &total[8 * block + 2 * i];
                     const float2 x = unpack<T>(words[i]);
                     float2 slope;
@@ -232,8 +232,8 @@ struct MlpBackward {
                     words[i] = pack<T>(low, high);
                     grads[block / kPerBox][block % kPerBox * 4 + i] = pack<T>(t[0] * slope.x, t[1] * slope.y);
                 }
-                if (args.has_side_out) stmatrix_x4(at, words);
-                if (block % kPerBox < kPerBox - 1) continue;
+                if (args.has_side_out) stmatrix_x4(at[0], words), stmatrix_x4(at[1], words + 4);
+                if ((block + 2) % kPerBox != 0) continue;
                 const int box = block / kPerBox;
                 if (args.has_side_out) boxes.start_store(&args.side_out, rows, box);
                 if (box >= kLag) put(box - kLag);
