@@ -72,12 +72,27 @@ def families() -> str:
     return f"{made}\n\n{meaning} Left: {numbered}."
 
 
+def host_time() -> str:
+    """From host_time.py"""
+    found = json.loads((RESULTS / "host_time.json").read_text())
+    us: dict[tuple[str, str], dict[str, float]] = {}
+    for row in found["rows"]:
+        us.setdefault((row["op"], row["contender"]), {})[row["pass"]] = row["us"]
+    rows = [
+        [op, contender, *(f"{times[which]:.0f} us" if which in times else "" for which in ("forward", "backward"))]
+        for (op, contender), times in sorted(us.items())
+    ]
+    where = f"torch {found['torch']}, Python {found['python']}, one thread of {found['machine']}"
+    return f"{where}; kernels are launched and do nothing:\n\n" + table(["", "", "forward", "backward"], rows)
+
+
 TABLES = {
     "cpu-attention": cpu_attention,
     "cpu-mlp": cpu_mlp,
     "families": families,
     "bench": bench_tables,
     "profile": profile_tables,
+    "host-time": host_time,
     "clock-predictions": predictions,
     "clock-calibration": calibration,
 }
