@@ -129,6 +129,10 @@ def attention_fwd(
     """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
     cu_seqlens: (N + 1,); seed: (1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
     out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+    if key_start is None and cu_seqlens is None and whole(q, q, k, causal, window, dropout):
+        out_whole, lse_whole, bad = fused_or_bad(q, k, v, None, True, scale)
+        if bad is None:
+            return laid_out(out_whole, out), laid_out(lse_whole, lse)
     out.zero_(), lse.fill_(-torch.inf)
     (rows,) = block_rows(q, k, cu_seqlens, window)
     for part in sequences(q, k, key_start, cu_seqlens):
@@ -177,6 +181,10 @@ def attention_bwd(
     grads = bwd_outputs(
         dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
     )
+    if key_start is None and cu_seqlens is None and whole(q, q, k, causal, window, dropout):
+        sums = fused_grads(dout, q, k, v, out, lse, None, True, scale)
+        dq, dk, dv = (laid_out(found, grad) for found, grad in zip(sums, grads, strict=True))
+        return dq, dk, dv
     dq, dk, dv = (grad.zero_() for grad in grads)
     (rows,) = block_rows(q, k, cu_seqlens, window)
     for part in sequences(q, k, key_start, cu_seqlens):
@@ -216,6 +224,11 @@ def whole(q: Tensor, q_part: Tensor, k_part: Tensor, causal: bool, window: int |
     """Whether the fused kernel's own causal mask, which starts at the first key, is the mask of the whole sequence."""
     square = q_part.shape[2] == k_part.shape[2] > 0
     return q.device.type == "cpu" and causal and window is None and not dropout and square
+
+
+def laid_out(found: Tensor, like: Tensor) -> Tensor:
+    """As it is, where it has the layout and dtype of `like`, which else takes it"""
+    return found if found.dtype == like.dtype and found.stride() == like.stride() else like.copy_(found)
 
 
 def kept(seed: Tensor, part: Sequences, block: Block, lse: Tensor, dropout: float) -> Tensor:
