@@ -265,6 +265,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
         ["train", "--dry-run"],
         ["bench", "--dry-run", "--device", "cpu", "--suite", "full"],
         ["bench", "--dry-run", "--device", "cuda", "--suite", "headline"],
+        ["tune", "--dry-run", "--device", "cuda", "--model", "gpt3-1.3b"],
         ["check", "--device", "cpu"],
         ["compare", "--all", *["benchmarks/results/cpu-bench.json"] * 2],
     ],

@@ -16,7 +16,7 @@ import gptkernels as gk
 from gptkernels import cli, cuda_build, files, simulator
 from gptkernels.bench.cases import Case
 from gptkernels.failures import UsageError
-from gptkernels.tuning import candidates, choices, classes, recorded, store, tune
+from gptkernels.tuning import candidates, choices, classes, model_cases, store, tune
 from gptkernels.tuning.classes import CallClass
 from gptkernels.tuning.workers import Workers
 
@@ -263,7 +263,7 @@ def test_export_and_import(cache, tmp_path, capsys):
 
 
 def test_models(tmp_path):
-    cases = recorded.cases_of_model("gpt2", "bfloat16")
+    cases = model_cases.cases_of_model("gpt2", "bfloat16")
     assert {(case.op, case.label) for case in cases} >= {
         ("attention", "B16 H12 T1024 D64"),
         ("add_layer_norm", "M16384 N768"),
@@ -273,7 +273,7 @@ def test_models(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=100).save_pretrained(tmp_path)
-    found = {(case.op, case.label) for case in recorded.cases_of_hf(str(tmp_path), "bfloat16")}
+    found = {(case.op, case.label) for case in model_cases.cases_of_hf(str(tmp_path), "bfloat16")}
     assert found == {("attention", "B8 H4 G2 T2048 D16"), ("linear_cross_entropy", "M16384 N64 V100")}
 
 

@@ -57,10 +57,10 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def activation_elements(config: GPTConfig) -> tuple[int, int]:
-    """-> elements kept for backward per token, (of the residual stream's dtype, of the activations' dtype)"""
+def activation_elements(config: GPTConfig, save: str) -> tuple[int, int]:
+    """save: of the MLP -> elements kept for backward per token, (of the residual stream's dtype, of the others')"""
     width, hidden = config.width, config.hidden
-    mlp = {"all": 2 * hidden, "preact": hidden, "input": 0}[config.save]
+    mlp = {"all": 2 * hidden, "preact": hidden, "input": 0}[save]
     # A norm's sum and its output (which the projection and the MLP keep as their input), q, k, v and the attended.
     stream, layer = 2 * width, 6 * width + mlp
     if config.norm == "post":
@@ -69,11 +69,13 @@ def activation_elements(config: GPTConfig) -> tuple[int, int]:
     return config.layers * stream + final, config.layers * layer
 
 
-def training_memory(config: GPTConfig, tokens: int, *, mixed: bool = True) -> Memory:
+def training_memory(config: GPTConfig, tokens: int, *, mixed: bool = True, on_cpu: bool = False) -> Memory:
     """Of a step over `tokens` with AdamW: float32 weights, gradients and moments; activations in 16 bits where mixed,
     with the residual stream in float32, as autocast does. Without allocator's overhead and work buffers."""
     parameters = parameter_count(config)
-    stream, layer = activation_elements(config)
+    # gk.mlp's save="preact" is "all" on a CPU, but not under autocast.
+    save = "all" if on_cpu and not mixed and config.save == "preact" else config.save
+    stream, layer = activation_elements(config, save)
     size = 2 if mixed else 4
     # The loss keeps its gradients, of the hidden states and of the head's weight; autocast a copy of the weights.
     loss = tokens * config.width * size + config.vocabulary * (config.embedding_rank or config.width) * 4

@@ -23,6 +23,7 @@ from ..progress import Steps
 from . import candidates, choices, store
 from .candidates import Candidate
 from .classes import CallClass
+from .model_cases import cases_of_hf, cases_of_model, passes_of
 from .workers import Workers
 
 # Of a candidate, beyond what its samples take: compiling, the reference in float64, a machine that others use.
@@ -107,21 +108,12 @@ def cases_of(options: Namespace, device: torch.device) -> list[Case]:
     if sum(given is not None for given in (options.model, options.hf, options.shape)) > 1:
         raise UsageError("--model, --hf and --shape are ways to say what to tune: give one")
     if options.model or options.hf:
-        from .recorded import cases_of_hf, cases_of_model
-
         found = cases_of_model(options.model, usual) if options.model else cases_of_hf(options.hf, usual)
     elif options.shape:
         found = suites.of_shape(ops, parse_shape(options.shape), (usual,), ())
     else:
         found = suites.suite("quick", device, (usual,))
     return list(dict.fromkeys(case.with_passes(passes_of(case)) for case in found if case.op in ops))
-
-
-def passes_of(case: Case) -> tuple[str, ...]:
-    """Forward and backward apart where there are both: a setting belongs to one of them"""
-    if case.op == "linear_cross_entropy":
-        return ("both",)
-    return ("fwd", "bwd") if case.has_gradients else ("fwd",)
 
 
 class Tuner:
