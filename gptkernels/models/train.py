@@ -64,7 +64,7 @@ def train(console: Console, options: Namespace, workers: Workers) -> int:
         if not is_out_of_memory(error):
             raise
         rows = settings.batch // workers.world // trainer.accumulate
-        where = {"mixed": settings.dtype == "bfloat16", "on_cpu": settings.device.type == "cpu"}
+        where = {"mixed": settings.dtype == "bfloat16", "on_cpu": workers.device.type == "cpu"}
         needed = cost.training_memory(config, rows * trainer.data.length, **where).total
         raise MemoryError(
             f"a step of {rows} sequence(s) at once needs about {needed / 2**30:.1f} GiB (--dry-run says of what); a "
