@@ -83,15 +83,7 @@ def run(options: Namespace) -> int:
 
 def selection(options: Namespace) -> tuple[torch.device, list[Case], tuple[str, ...] | None]:
     """What the options ask for; UsageError where they make no sense."""
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    # What would run on a GPU can be listed without one.
-    device = torch.device(name) if options.dry_run else resolve_device(name)[1]
-    ops = options.op or list(OPS)
-    for op in ops:
-        if op not in OPS:
-            raise UsageError(f"--op must be one of {', '.join(OPS)}, not {op}")
+    device, ops = device_of(options), ops_of(options)
     passes = tuple(options.passes.split(",")) if options.passes else ()
     for which in passes:
         if which not in PASSES:
@@ -115,6 +107,23 @@ def selection(options: Namespace) -> tuple[torch.device, list[Case], tuple[str, 
     if not cases:
         raise UsageError("nothing to measure: no chosen op has such passes")
     return device, cases, chosen_peers
+
+
+def device_of(options: Namespace) -> torch.device:
+    """--device; auto: a GPU, else the CPU"""
+    name = options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # What would run on a GPU can be listed without one.
+    return torch.device(name) if options.dry_run else resolve_device(name)[1]
+
+
+def ops_of(options: Namespace) -> list[str]:
+    """--op; all of them where none is named"""
+    for op in options.op or ():
+        if op not in OPS:
+            raise UsageError(f"--op must be one of {', '.join(OPS)}, not {op}")
+    return options.op or list(OPS)
 
 
 class Session:

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..arguments import number
 from ..bench import suites
 from ..bench.cases import OPS, Case, parse_shape
-from ..check import resolve_device
+from ..bench.run import device_of, ops_of
 from ..failures import UsageError
 from ..files import write_text
 from ..progress import Steps
@@ -49,10 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    name = options.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name) if options.dry_run else resolve_device(name)[1]
+    device = device_of(options)
     console = Console()
     if options.export or options.import_:
         return move(options, device, console)
@@ -100,10 +97,7 @@ def move(options: Namespace, device: torch.device, console: Console) -> int:
 
 
 def cases_of(options: Namespace, device: torch.device) -> list[Case]:
-    ops = options.op or list(OPS)
-    for op in ops:
-        if op not in OPS:
-            raise UsageError(f"--op must be one of {', '.join(OPS)}, not {op}")
+    ops = ops_of(options)
     usual = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if sum(given is not None for given in (options.model, options.hf, options.shape)) > 1:
         raise UsageError("--model, --hf and --shape are ways to say what to tune: give one")

@@ -6,6 +6,7 @@ Reads jobs from its input and answers each on its output, a line of JSON each:
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -56,8 +57,7 @@ class Wall:
         count = measure.per_round(timer.sample_costs_us, seconds)
         for _ in range(measure.ROUNDS):
             timer.round(count)
-        samples = sorted(timer.timing.samples_us)
-        return samples[len(samples) // 2]
+        return statistics.median(timer.timing.samples_us)
 
 
 @dataclass

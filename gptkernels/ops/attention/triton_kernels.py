@@ -22,17 +22,7 @@ SECTION_BYTES = 16 << 20
 MAX_FLOAT32_HEAD_SIZE = 128
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-) -> str | None:
+def unsupported(q: Tensor, *_) -> str | None:
     if q.element_size() == 4 and q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
         return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {q.shape[-1]}"
     return hardware.triton_unsupported(q.device)

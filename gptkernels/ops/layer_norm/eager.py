@@ -8,7 +8,7 @@ from ..dropout import keep_mask
 from .outputs import bwd_outputs, fwd_outputs
 
 
-def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, *_) -> str | None:
+def unsupported(*_) -> str | None:
     return None
 
 

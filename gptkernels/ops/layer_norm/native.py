@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..native import PLAIN
+from ..native import PLAIN, is_plain
 
 
 def is_native(x, weight, bias, eps, backend) -> bool:
@@ -39,16 +39,13 @@ def native_layer_norm(x=None, weight=None, bias=None, *, eps=1e-5, backend="auto
 def native_add_layer_norm(x=None, residual=None, weight=None, bias=None, *, eps=1e-5, dropout=0.0, backend="auto"):
     if (
         not is_native(x, weight, bias, eps, backend)
-        or type(residual) not in PLAIN
-        or not residual.is_cpu
-        or residual.dtype is not torch.float32
+        or not is_plain(residual, torch.float32)
         or residual.shape != x.shape
         or type(dropout) is not float
         or dropout != 0
     ):
         return NotImplemented
-    h = x + residual
-    return torch.layer_norm(h, weight.shape, weight, bias, eps), h
+    return run(x, residual, weight, bias, eps, dropout)
 
 
 def unsupported(x, residual, weight, bias, eps, dropout) -> str | None:

@@ -313,7 +313,7 @@ def launch_row(table: dict, columns: int, setting: str, op: str, x: Tensor) -> d
     }
 
 
-def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, *_) -> str | None:
+def unsupported(x: Tensor, *_) -> str | None:
     if x.shape[-1] > MAX_COLUMNS:
         return f"takes rows of up to {MAX_COLUMNS} elements, not {x.shape[-1]}"
     return hardware.triton_unsupported(x.device)

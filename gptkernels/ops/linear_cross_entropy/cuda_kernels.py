@@ -6,7 +6,7 @@ from ... import cuda_library
 from . import chunks
 
 
-def unsupported(x: Tensor, weight: Tensor, *_) -> str | None:
+def unsupported(x: Tensor, *_) -> str | None:
     return cuda_library.unsupported(x.device)
 
 

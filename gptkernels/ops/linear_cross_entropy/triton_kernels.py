@@ -65,7 +65,7 @@ def cross_entropy_kernel(
 LAUNCH = {1024: (1024, 4), 8192: (2048, 8), 2**31: (4096, 16)}
 
 
-def unsupported(x: Tensor, weight: Tensor, *_) -> str | None:
+def unsupported(x: Tensor, *_) -> str | None:
     return hardware.triton_unsupported(x.device)
 
 

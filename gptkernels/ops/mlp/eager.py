@@ -25,15 +25,7 @@ BACKWARD = {
 }
 
 
-def unsupported(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    residual: Tensor | None,
-    *_,
-) -> str | None:
+def unsupported(*_) -> str | None:
     return None
 
 

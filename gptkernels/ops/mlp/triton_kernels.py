@@ -60,15 +60,7 @@ def fused_setting(x: Tensor, fc_weight: Tensor) -> tuple[bool | None]:
     return (choices.setting("mlp_fused", "mlp", (x, fc_weight), None),)
 
 
-def unsupported(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    residual: Tensor | None,
-    *_,
-) -> str | None:
+def unsupported(x: Tensor, *_) -> str | None:
     return hardware.triton_unsupported(x.device)
 
 

@@ -179,9 +179,7 @@ def decode_attention_combine_kernel(
     tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
-def unsupported(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
-) -> str | None:
+def unsupported(q: Tensor, *_) -> str | None:
     return hardware.triton_unsupported(q.device)
 
 
