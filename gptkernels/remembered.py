@@ -75,5 +75,5 @@ def likeness(values: Iterable) -> tuple | None:
     except RuntimeError:  # a tensor without strides or an address
         return None
     if torch._C._is_any_autocast_enabled():
-        key += [torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        key += [(kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     return tuple(key)

@@ -113,6 +113,15 @@ def test_what_is_alike():
         assert likeness((x,)) != outside
     with simulator.use(arch=80):
         assert likeness((x,)) != outside
+    under = []
+    for device in ("cpu", "cuda"):  # to the same dtype, and not of the same tensors
+        usual = torch.get_autocast_dtype(device)
+        torch.set_autocast_dtype(device, torch.bfloat16)
+        torch.set_autocast_enabled(device, True)
+        under.append(likeness((x,)))
+        torch.set_autocast_enabled(device, False)
+        torch.set_autocast_dtype(device, usual)
+    assert under[0] != under[1]
 
 
 class Subclass(torch.Tensor):
