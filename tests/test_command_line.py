@@ -266,7 +266,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
         ["bench", "--dry-run", "--device", "cpu", "--suite", "full"],
         ["bench", "--dry-run", "--device", "cuda", "--suite", "headline"],
         ["tune", "--dry-run", "--device", "cuda", "--model", "gpt3-1.3b"],
-        ["check", "--device", "cpu"],
+        ["check", "--device", "cpu", "--seed", "1"],
         ["compare", "--all", *["benchmarks/results/cpu-bench.json"] * 2],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
