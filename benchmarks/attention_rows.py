@@ -9,6 +9,7 @@ no GPU. --pointers: rows for what TMA cannot address.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ import torch
 
 from gptkernels import remembered
 from gptkernels.ops.attention import triton_kernels
+from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS
 
 KERNELS = {"fwd": "attention_fwd_kernel", "dq": "attention_bwd_dq_kernel", "dkdv": "attention_bwd_dkdv_kernel"}
@@ -65,14 +67,11 @@ def runs(kernel: str, head_size: int, dtype: torch.dtype, device: str, tokens: i
         q, k, v, dout = (x[:, :1].expand_as(x) for x in (q, k, v, dout))
     lse = torch.randn(1, 16, tokens, device=device)
     for window in WINDOWS:
+        call = AttentionCall(q, k, v, window=window, scale=head_size**-0.5)
         if kernel == "fwd":
-            yield lambda window=window: triton_kernels.attention_fwd(
-                q, k, v, None, None, None, True, window, head_size**-0.5, 0.0
-            )
+            yield functools.partial(triton_kernels.attention_fwd, call)
         else:
-            yield lambda window=window: triton_kernels.attention_bwd(
-                dout, q, k, v, out, lse, None, None, None, True, window, head_size**-0.5, 0.0, True
-            )
+            yield functools.partial(triton_kernels.attention_bwd, call, dout, out, lse, True)
 
 
 def compiles(calls: list, arch: int) -> bool:

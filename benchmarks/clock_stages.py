@@ -15,6 +15,7 @@ from ptxemu.timing.calibrate import gemm_shares  # noqa: E402
 from ptxemu.timing.units import SMS  # noqa: E402
 
 from gptkernels.ops.attention import cuda_kernels, triton_kernels, triton_launch  # noqa: E402
+from gptkernels.ops.attention.record import AttentionCall  # noqa: E402
 from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
 from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
 from gptkernels.ops.mlp import cuda_kernels as mlp_kernels  # noqa: E402
@@ -46,11 +47,11 @@ def attention_launches(
 ) -> list[timing.Recorded]:
     q, k, v, out, dout = (torch.randn(1, heads, tokens, head_dim, dtype=BF16) for _ in range(5))
     module = cuda_kernels if backend == "cuda" else triton_kernels
-    options = (None, None, None, causal, window, head_dim**-0.5, 0.0)
+    call = AttentionCall(q, k, v, causal=causal, window=window, scale=head_dim**-0.5)
     if not backward:
-        return launches_of(lambda: module.attention_fwd(q, k, v, *options))
+        return launches_of(lambda: module.attention_fwd(call))
     lse = torch.full((1, heads, tokens), 3.0)
-    return launches_of(lambda: module.attention_bwd(dout, q, k, v, out, lse, *options, False))
+    return launches_of(lambda: module.attention_bwd(call, dout, out, lse, False))
 
 
 def attention(
@@ -102,13 +103,14 @@ def product_launch(rows: int, columns: int, depth: int, activation: str, backwar
     x = torch.randn(rows, depth, dtype=BF16)
     if backward:
         weight, preact = torch.randn(depth, columns, dtype=BF16), torch.randn(rows, columns, dtype=BF16)
-        call = functools.partial(mlp_kernels.fused_grad_preact, x, weight, preact, activation, preact.clone(), True)
-        return launches_of(call, sms=2)[0]
+        launch, parts = mlp_kernels.grad_preact_launch(x, weight, activation)
+        tensors = x, weight, preact, preact.clone(), preact.clone(), torch.empty(parts)
+        return launches_of(lambda: launch(*tensors), sms=2)[0]
     weight, bias = torch.randn(columns, depth, dtype=BF16), torch.randn(columns, dtype=BF16)
     out = torch.empty(rows, columns, dtype=BF16)
     preact = None if activation == "none" else torch.empty_like(out)
-    call = functools.partial(mlp_kernels.fused_linear, x, weight, bias, activation=activation, preact=preact, out=out)
-    return launches_of(call, sms=2)[0]
+    launch = mlp_kernels.linear_launch(x, weight, None, activation)
+    return launches_of(lambda: launch(x, weight, bias, None, preact, out), sms=2)[0]
 
 
 def product(rows: int, columns: int, depth: int, activation: str = "none", backward: bool = False) -> list[tiles.Stage]:

@@ -1,8 +1,12 @@
-// The whole C++ surface of gptkernels: every launcher takes the fields of its params struct by name, and the stream.
+// The whole C++ surface of gptkernels: every launcher takes the numbers of its params struct by name, and gives a
+// function of the tensors and the stream.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 #include "attention/attention.h"
 #include "cross_entropy/cross_entropy.h"
@@ -16,44 +20,57 @@ extern const char* const kArchs;
 
 namespace {
 
-// What Python passes: numbers, tensors (or None) where the struct has pointers, and tuples of three strides.
+// What Python passes: numbers and tuples of three strides by name, and the names of tensors, whose addresses come later.
 class Fields {
   public:
-    explicit Fields(const py::dict& values) : values_(values) {}
+    Fields(const py::tuple& tensors, const py::dict& numbers, void* params)
+        : tensors_(tensors), numbers_(numbers), params_(static_cast<char*>(params)), offsets_(tensors.size(), -1) {}
 
     // name: a str, which is looked up faster than characters
     template <class Value>
     Fields& operator()(PyObject* name, Value& field) {
-        const py::handle value = PyDict_GetItemWithError(values_.ptr(), name);
-        if (!value) throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
         ++taken_;
-        if constexpr (std::is_pointer_v<Value>)
-            field = reinterpret_cast<Value>(value.is_none() ? 0 : address(value));
-        else if constexpr (std::is_enum_v<Value>)
-            field = static_cast<Value>(value.cast<int>());
-        else if constexpr (std::is_same_v<Value, AttentionStrides>)
-            field = {stride(value, 0), stride(value, 1), stride(value, 2)};
-        else
-            field = value.cast<Value>();
+        if constexpr (std::is_pointer_v<Value>) {
+            const Py_ssize_t index = PySequence_Index(tensors_.ptr(), name);
+            if (index < 0) throw py::error_already_set();
+            offsets_[index] = reinterpret_cast<char*>(&field) - params_;
+        } else {
+            const py::handle value = PyDict_GetItemWithError(numbers_.ptr(), name);
+            if (!value) throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
+            if constexpr (std::is_enum_v<Value>)
+                field = static_cast<Value>(value.cast<int>());
+            else if constexpr (std::is_same_v<Value, AttentionStrides>)
+                field = {stride(value, 0), stride(value, 1), stride(value, 2)};
+            else
+                field = value.cast<Value>();
+        }
         return *this;
     }
 
-    void end() const {
-        if (taken_ != values_.size()) throw py::key_error("there are more fields than these");
+    // -> where in params the address of each tensor goes
+    std::vector<ptrdiff_t> end() const {
+        if (taken_ != tensors_.size() + numbers_.size()) throw py::key_error("there are more fields than these");
+        return offsets_;
     }
 
   private:
-    static uintptr_t address(py::handle tensor) {
-        static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-        const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
-        if (!found) throw py::error_already_set();
-        return found.cast<uintptr_t>();
-    }
     static int64_t stride(py::handle strides, int i) { return strides[py::int_(i)].cast<int64_t>(); }
 
-    const py::dict& values_;
+    const py::tuple& tensors_;
+    const py::dict& numbers_;
+    char* params_;
+    std::vector<ptrdiff_t> offsets_;
     size_t taken_ = 0;
 };
+
+// tensor: or None
+uintptr_t address(py::handle tensor) {
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    if (tensor.is_none()) return 0;
+    const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
+    if (!found) throw py::error_already_set();
+    return found.cast<uintptr_t>();
+}
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
@@ -106,18 +123,36 @@ void read(Fields& fields, MlpBwdParams& p) {
 }
 
 template <class Params>
-Params params_of(const py::dict& values) {
-    Fields fields(values);
-    Params params = {};
-    read(fields, params);
-    fields.end();
-    return params;
-}
+class Prepared {
+  public:
+    Prepared(const py::tuple& tensors, const py::dict& numbers) {
+        Fields fields(tensors, numbers, &params_);
+        read(fields, params_);
+        offsets_ = fields.end();
+    }
+
+    Params with(const py::tuple& tensors) const {
+        if (tensors.size() != offsets_.size()) throw py::value_error("these are not the tensors that were named");
+        Params params = params_;
+        for (size_t i = 0; i < offsets_.size(); ++i) {
+            const uintptr_t found = address(tensors[i]);
+            std::memcpy(reinterpret_cast<char*>(&params) + offsets_[i], &found, sizeof found);
+        }
+        return params;
+    }
+
+  private:
+    Params params_ = {};
+    std::vector<ptrdiff_t> offsets_;
+};
 
 template <class Params>
 void define(py::module_& m, const char* name, void (*launcher)(const Params&, cudaStream_t)) {
-    m.def(name, [launcher](const py::dict& values, uintptr_t stream) {
-        launcher(params_of<Params>(values), reinterpret_cast<cudaStream_t>(stream));
+    m.def(name, [launcher](const py::tuple& names, const py::dict& numbers) {
+        return py::cpp_function(
+            [launcher, prepared = Prepared<Params>(names, numbers)](const py::tuple& tensors, uintptr_t stream) {
+                launcher(prepared.with(tensors), reinterpret_cast<cudaStream_t>(stream));
+            });
     });
 }
 
@@ -136,8 +171,8 @@ PYBIND11_MODULE(_cuda, m) {
     define(m, "attention_fwd", &attention_fwd);
     define(m, "attention_bwd", &attention_bwd);
     m.def("attention_bwd_workspace_bytes",
-          [](const py::dict& shape, int sm_count) {
-              return attention_bwd_workspace_bytes(params_of<AttentionShape>(shape), sm_count);
+          [](const py::tuple& names, const py::dict& shape, const py::tuple& tensors, int sm_count) {
+              return attention_bwd_workspace_bytes(Prepared<AttentionShape>(names, shape).with(tensors), sm_count);
           });
     define(m, "cross_entropy", &cross_entropy);
     define(m, "layer_norm_fwd", &layer_norm_fwd);

@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 
 from . import cuda_build, hardware
-from .remembered import remembered
 
 # The numbers that csrc/common/dtype.h gives these types.
 DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -138,19 +137,21 @@ def not_addressable(x: torch.Tensor) -> str | None:
     return None
 
 
-def addressable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors (..., D) of 16-bit elements, copied where the bulk copy engine could not read them"""
-    copied = which_to_copy(*tensors)
-    if not any(copied):
-        return tensors
-    return tuple(
-        x.clone(memory_format=torch.contiguous_format) if copy else x for x, copy in zip(tensors, copied, strict=True)
-    )
+class Copies:
+    """Which of several tensors (..., D) of 16-bit elements the bulk copy engine cannot read: they are copied for it."""
 
+    def __init__(self, *tensors: torch.Tensor | None):
+        self.which = tuple(x is not None and (x.stride(-1) != 1 or bool(not_addressable(x))) for x in tensors)
+        self.any = any(self.which)
 
-@remembered
-def which_to_copy(*tensors: torch.Tensor) -> tuple[bool, ...]:
-    return tuple(x.stride(-1) != 1 or not_addressable(x) is not None for x in tensors)
+    def __call__(self, *tensors: torch.Tensor | None) -> tuple:
+        """tensors: those, or like them"""
+        if not self.any:
+            return tensors
+        return tuple(
+            x.clone(memory_format=torch.contiguous_format) if x is not None and copy else x
+            for x, copy in zip(tensors, self.which, strict=True)
+        )
 
 
 # Words that kernels find as zeros and leave as zeros, by device and stream: launches on a stream follow each other.
@@ -175,16 +176,28 @@ def zeroed_counters(device: torch.device) -> torch.Tensor:
     return counters
 
 
+class Launch:
+    """One of the library's launchers for calls like one before: with all that it takes but the tensors' addresses."""
+
+    def __init__(self, name: str, device: torch.device, tensors: tuple[str, ...], numbers: dict):
+        """tensors, numbers: the launcher's parameters, by the names that they have in csrc"""
+        self.name, self.device = name, device
+        self._run = getattr(load(), name)(tensors, numbers)
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """On the current stream. tensors: in the order of their names, None for those that are absent"""
+        with hardware.on_device(self.device):
+            try:
+                if around_launch is None:
+                    return self._run(tensors, _stream(self.device))
+                with around_launch([x for x in tensors if x is not None]):
+                    return self._run(tensors, _stream(self.device))
+            except RuntimeError as error:
+                _counters.clear()  # it may have stopped half-way
+                raise RuntimeError(f"{self.name}: {error}") from None
+
+
 def launch(name: str, device: torch.device, fields: dict) -> None:
-    """Calls the library's `name` on the current stream. fields: its parameters, by the names that they have in csrc;
-    tensors where it takes addresses, None for those that are absent."""
-    function = getattr(load(), name)
-    with hardware.on_device(device):
-        try:
-            if around_launch is None:
-                return function(fields, _stream(device))
-            with around_launch([value for value in fields.values() if isinstance(value, torch.Tensor)]):
-                return function(fields, _stream(device))
-        except RuntimeError as error:
-            _counters.clear()  # it may have stopped half-way
-            raise RuntimeError(f"{name}: {error}") from None
+    tensors = {k: v for k, v in fields.items() if v is None or isinstance(v, torch.Tensor)}
+    numbers = {k: v for k, v in fields.items() if k not in tensors}
+    Launch(name, device, tuple(tensors), numbers)(*tensors.values())

@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 import torch
 
 from .failures import UnsupportedError
+from .records import Record, with_key
 from .remembered import Memory, likeness
 from .tuning import choices
 
@@ -47,9 +48,9 @@ class Call(Generic[R]):
     backend: str  # as the caller named it
     # Raises for what no backend takes. Not repeated for a call like one that has passed, so it reads no values.
     check: Callable[[], None]
-    # The first one a tensor: what every backend's unsupported() takes, and `run` after the backend.
-    arguments: Callable[[], tuple]
-    run: Callable[..., R]
+    # What travels to the kernels: every backend's unsupported() takes it, and `run` after the backend.
+    record: Callable[[], Record]
+    run: Callable[[ModuleType, Any], R]
 
 
 class Op(Protocol[P, R_co]):
@@ -81,8 +82,8 @@ def public_op(prepare: Callable[P, Call[R]], native: Callable[..., R] | None) ->
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():  # once, and torch asks from then on whether a call is like this one
             call = prepare(*args, **kwargs)
-            arguments = checked(call)
-            return call.run(select(call, arguments), *arguments)
+            record = checked(call)
+            return call.run(select(call, record), record)
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
                 f"{prepare.__name__}: the transforms of torch.func (grad, vmap, jvp) are not supported, only autograd"
@@ -96,14 +97,14 @@ def public_op(prepare: Callable[P, Call[R]], native: Callable[..., R] | None) ->
             except (RuntimeError, TypeError):
                 pass  # our own checks say what is wrong
         call = prepare(*args, **kwargs)
-        key = likeness((*args, *kwargs, *kwargs.values()))
+        key = likeness((call.op, *args, *kwargs, *kwargs.values()))
         kernels = decided.get(key)
-        arguments = checked(call) if kernels is None else call.arguments()
+        record = with_key(checked(call) if kernels is None else call.record(), key)
         if kernels is None:
-            decided.keep(key, kernels := select(call, arguments))
+            decided.keep(key, kernels := select(call, record))
         if recorded is not None:
-            recorded.append((call.op, arguments))
-        return call.run(kernels, *arguments)
+            recorded.append((call.op, record))
+        return call.run(kernels, record)
 
     signature = inspect.signature(prepare)
     (result,) = signature.return_annotation.__args__
@@ -113,20 +114,19 @@ def public_op(prepare: Callable[P, Call[R]], native: Callable[..., R] | None) ->
     return public
 
 
-def checked(call: Call[Any]) -> tuple:
-    """-> its arguments"""
+def checked(call: Call[Any]) -> Record:
     call.check()
-    return call.arguments()
+    return call.record()
 
 
-# (op, arguments) of each call in this context, where someone wants them
-_recorded: ContextVar[list[tuple[str, tuple]] | None] = ContextVar("recorded", default=None)
+# (op, record) of each call in this context, where someone wants them
+_recorded: ContextVar[list[tuple[str, Record]] | None] = ContextVar("recorded", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[tuple[str, tuple]]]:
+def recording() -> Iterator[list[tuple[str, Record]]]:
     """Notes every call of an op inside, in this thread: (op, what its backend got)."""
-    calls: list[tuple[str, tuple]] = []
+    calls: list[tuple[str, Record]] = []
     token = _recorded.set(calls)
     try:
         yield calls
@@ -134,33 +134,33 @@ def recording() -> Iterator[list[tuple[str, tuple]]]:
         _recorded.reset(token)
 
 
-def candidates(op: str, arguments: tuple, backend: str) -> tuple[str, ...]:
+def candidates(op: str, record: Record, backend: str) -> tuple[str, ...]:
     """In the order in which they are asked"""
     if backend != "auto":
         return (backend,)
     # The kernels may also run on CPU tensors (in the simulator), which nobody wants unless they ask for it.
-    usual = ("eager",) if arguments[0].device.type == "cpu" else BACKENDS
-    return tuple(dict.fromkeys((*choices.order(op, arguments), *usual)))
+    usual = ("eager",) if record.first.device.type == "cpu" else BACKENDS
+    return tuple(dict.fromkeys((*choices.order(op, record), *usual)))
 
 
-def choose(call: Call[Any], arguments: tuple) -> tuple[str | None, dict[str, str]]:
+def choose(call: Call[Any], record: Record) -> tuple[str | None, dict[str, str]]:
     """-> the backend that runs the call, or None, and why those before it do not"""
     if call.backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(('auto', *BACKENDS))}, not {call.backend!r}")
     reasons = {}
-    for name in candidates(call.op, arguments, call.backend):
+    for name in candidates(call.op, record, call.backend):
         if name not in call.backends:
             reasons[name] = f"{call.op} has no such kernels"
             continue
-        reason = call.backends[name].unsupported(*arguments)
+        reason = call.backends[name].unsupported(record)
         if reason is None:
             return name, reasons
         reasons[name] = reason
     return None, reasons
 
 
-def select(call: Call[Any], arguments: tuple) -> ModuleType:
-    name, reasons = choose(call, arguments)
+def select(call: Call[Any], record: Record) -> ModuleType:
+    name, reasons = choose(call, record)
     if name is None:
         raise UnsupportedError(
             f"{call.op}: no backend supports this call\n"
@@ -175,10 +175,10 @@ def explain(op: Callable, *args, **kwargs) -> Choice:
     if prepare is None:
         raise TypeError(f"explain takes an op of gptkernels, not {op!r}")
     call = prepare(*args, **kwargs)
-    arguments = checked(call)
-    name, reasons = choose(call, arguments)
+    record = checked(call)
+    name, reasons = choose(call, record)
     describe = getattr(call.backends[name], "describe", None) if name else None
-    details = [describe(*arguments)] if describe else []
+    details = [describe(record)] if describe else []
     if call.backend == "auto":
-        details.append(choices.told(call.op, arguments))
+        details.append(choices.told(call.op, record))
     return Choice(call.op, name, reasons, "; ".join(filter(None, details)))

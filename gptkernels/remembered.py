@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import hardware
+from .records import Record
 
 # Of one memory: a training run has a dozen, generation over many lengths some more.
 MOST_REMEMBERED = 4096
@@ -38,15 +39,16 @@ F = TypeVar("F", bound=Callable)
 
 
 def remembered(function: F) -> F:
-    """For functions that decide by the likeness of their arguments alone, and hold on to none of them."""
+    """For functions that decide by the likeness of their arguments alone, and hold on to none of them. Arguments by
+    keyword are what follows from the others."""
     memory = Memory()
 
     @functools.wraps(function)
-    def recall(*arguments):
+    def recall(*arguments, **following):
         key = likeness(arguments)
         decided = memory.get(key) if key is not None else None
         if decided is None:
-            memory.keep(key, decided := function(*arguments))
+            memory.keep(key, decided := function(*arguments, **following))
         return decided
 
     return cast(F, recall)
@@ -68,6 +70,10 @@ def likeness(values: Iterable) -> tuple | None:
                 key.append((value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16))
             elif value is None or kind is torch.dtype:
                 key.append(value)
+            elif isinstance(value, Record):
+                key.append(value.key or likeness(value.flat()))
+                if key[-1] is None:
+                    return None
             elif kind in SCALARS:
                 key.append((kind, value))  # 1, 1.0 and True are equal, and not the same to a check
             else:

@@ -1,7 +1,10 @@
 """Launchers as torch.library ops: opaque to torch.compile, and at no cost when nothing is compiling."""
 
 import functools
+import inspect
 from collections.abc import Callable
+from types import GenericAlias
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,32 +15,63 @@ from .dispatch import UnsupportedError
 def torch_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
     """Makes `<op>_fwd` in `<backend>_kernels.py` the op `gptkernels::<op>_fwd_<backend>`.
 
-    fake: takes the launcher's arguments and returns its outputs, allocated and not filled in. mutates: arguments that
-    the launcher writes to.
+    The launcher takes a record of the call first, and what else it needs after it; the op takes the record's fields one
+    by one in its place. fake: takes the launcher's arguments and returns its outputs, allocated and not filled in.
+    mutates: arguments that the launcher writes to.
     Under torch.compile and on tensor subclasses (fake, functional, ...) calls go through the dispatcher; plain tensors
     reach the launcher directly, because the dispatcher costs more than a small kernel takes.
     """
 
     def wrap(launcher: Callable) -> Callable:
         backend = launcher.__module__.rsplit(".", 1)[-1].removesuffix("_kernels")
-        op = torch.library.custom_op(f"gptkernels::{launcher.__name__}_{backend}", launcher, mutates_args=mutates)
-        op.register_fake(fake)
+        op = torch.library.custom_op(
+            f"gptkernels::{launcher.__name__}_{backend}", flattened(launcher, launcher), mutates_args=mutates
+        )
+        op.register_fake(flattened(fake, launcher))
 
         @functools.wraps(launcher)
-        def call(first, *rest):
+        def call(record, *rest):
+            first = record if isinstance(record, Tensor) else record.first
             if torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter):
-                return op(first, *rest)
+                return op(record, *rest) if isinstance(record, Tensor) else op(*record.flat(), *rest)
             if first.is_meta:
-                return fake(first, *rest)
+                return fake(record, *rest)
             if torch.is_grad_enabled():  # as in a backward pass with create_graph=True
                 with torch.no_grad():
-                    return launcher(first, *rest)
-            return launcher(first, *rest)
+                    return launcher(record, *rest)
+            return launcher(record, *rest)
 
         vars(call)["torch_op"] = op
         return call
 
     return wrap
+
+
+def flattened(function: Callable, launcher: Callable) -> Callable:
+    """`function`, which takes what `launcher` does, as torch.library wants it: with the fields of the record as
+    parameters of their own, and empty tensors for results that a call does not have"""
+    hints = get_type_hints(launcher)
+    first, *rest = inspect.signature(launcher).parameters
+    record = hints[first]
+    if record is Tensor:
+        return function
+    fields = get_type_hints(record)
+    annotated = {name: fields[name] for name in record.__slots__} | {name: hints[name] for name in rest}
+
+    def flat(*values):
+        call = record(*values[: len(record.__slots__)])
+        results = function(call, *values[len(record.__slots__) :])
+        if isinstance(results, Tensor):
+            return results
+        return tuple(call.first.new_empty(0) if result is None else result for result in results)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in annotated.items()]
+    found = hints["return"]
+    if found is not Tensor:
+        found = GenericAlias(tuple, (Tensor,) * len(get_args(found)))
+    vars(flat)["__signature__"] = inspect.Signature(parameters, return_annotation=found)
+    return flat
 
 
 def apply(function: type[torch.autograd.Function], *arguments):

@@ -10,6 +10,7 @@ from compile_gate import SHARED_LIMIT, assert_within_limits, compiled_launches
 from gptkernels import simulator
 from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.decode import triton_kernels as decode_kernels
+from gptkernels.ops.attention.record import AttentionCall, DecodeCall
 from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS, head_parts, launch_row
 
 if simulator.unavailable():
@@ -29,8 +30,9 @@ def launch(head_size, dtype, window, layout="plain"):
     elif layout == "packed":
         q, k, v, out, dout = (x[0].transpose(0, 1) for x in (q, k, v, out, dout))
         lse, cu_seqlens = lse[0], torch.empty(3, dtype=torch.int32)
-    triton_kernels.attention_fwd(q, k, v, None, cu_seqlens, None, True, window, 0.1, 0.0)
-    triton_kernels.attention_bwd(dout, q, k, v, out, lse, None, cu_seqlens, None, True, window, 0.1, 0.0, True)
+    call = AttentionCall(q, k, v, cu_seqlens=cu_seqlens, window=window, scale=0.1)
+    triton_kernels.attention_fwd(call)
+    triton_kernels.attention_bwd(call, dout, out, lse, True)
 
 
 def test_every_row_is_compiled_here():
@@ -101,7 +103,7 @@ def test_decode(arch, head_size):
             q, cache = torch.empty(1, 8, 1, head_size, dtype=dtype), torch.empty(1, 2, 4096, head_size, dtype=dtype)
             lengths = torch.empty(1, dtype=torch.int32)
             for window in (None, 1024):
-                decode_kernels.decode_attention_fwd(q, cache, cache, lengths, window, 0.1)
+                decode_kernels.decode_attention_fwd(DecodeCall(q, cache, cache, lengths, window, 0.1))
     kernels = {"decode_attention_fwd_kernel", "decode_attention_combine_kernel"}
     assert {compiled.kernel for compiled in launches} == kernels
     for compiled in launches:
@@ -114,7 +116,8 @@ def test_decode_compiles_once():
     with compiled_launches(90) as launches:
         for batch, tokens, capacity, window in sizes:
             q, cache = torch.empty(batch, 8, tokens, 64).half(), torch.empty(batch, 2, capacity, 64).half()
-            decode_kernels.decode_attention_fwd(q, cache, cache, torch.empty(batch, dtype=torch.int32), window, 0.1)
+            lengths = torch.empty(batch, dtype=torch.int32)
+            decode_kernels.decode_attention_fwd(DecodeCall(q, cache, cache, lengths, window, 0.1))
     assert len({launch.ptx for launch in launches}) == 2
     assert len(launches) > 48
 

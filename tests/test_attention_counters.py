@@ -5,6 +5,7 @@ import torch
 
 from gptkernels import simulator
 from gptkernels.ops.attention import triton_kernels
+from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.ops.attention.triton_launch import launch_row
 
 if simulator.unavailable():
@@ -21,8 +22,9 @@ def count(arch, length, window, head_size=64, causal=True):
     with simulator.use(arch) as driver, pytest.MonkeyPatch.context() as patch:
         for name, kernel in zip(PRODUCTS, kernels, strict=True):
             patch.setattr(triton_kernels, kernel, Counting(getattr(triton_kernels, kernel), driver, stats, name))
-        out, lse = triton_kernels.attention_fwd(q, k, v, None, None, None, causal, window, 0.125, 0.0)
-        triton_kernels.attention_bwd(dout, q, k, v, out, lse, None, None, None, causal, window, 0.125, 0.0, True)
+        call = AttentionCall(q, k, v, causal=causal, window=window, scale=0.125)
+        out, lse = triton_kernels.attention_fwd(call)
+        triton_kernels.attention_bwd(call, dout, out, lse, True)
     return stats
 
 

@@ -11,6 +11,7 @@ from parity import assert_parity, guarded_allocations
 import gptkernels as gk
 from gptkernels import UnsupportedError, cuda_library, hardware
 from gptkernels.ops.attention import cuda_kernels, outputs, reference
+from gptkernels.ops.attention.record import AttentionCall
 
 SEEDS = range(20)
 
@@ -140,12 +141,11 @@ def test_strides_beyond_32_bits(hopper):
     out = gk.attention(**near, backend="cuda")
     dout = far_apart()
     expected = (out, *torch.autograd.grad(out, tuple(near.values()), dout.contiguous()))
-    options = (None, None, None, True, None, 64**-0.5, 0.0)
-    q, k, v = tensors.values()
+    call = AttentionCall(*tensors.values(), scale=64**-0.5)
     # Outputs that are as far apart: the launchers' own would be dense.
     with mock.patch.object(outputs, "empty_in_order_of", side_effect=lambda x: far_apart().fill_(torch.nan)):
-        out, lse = cuda_kernels.attention_fwd(q, k, v, *options)
-        grads = cuda_kernels.attention_bwd(dout, q, k, v, out, lse, *options, True)
+        out, lse = cuda_kernels.attention_fwd(call)
+        grads = cuda_kernels.attention_bwd(call, dout, out, lse, True)
     for value, truth in zip((out, *grads), expected, strict=True):
         torch.testing.assert_close(value, truth)
 
@@ -236,7 +236,7 @@ def test_documents_do_not_touch_each_other(hopper, head_dim, causal):
 def test_lse_is_the_natural_logarithm(hopper):
     q, k, v = (x.detach() for x in leaves(hopper, 1, 1, 1, 200, 150, 64, torch.float16).values())
     with guarded_allocations():
-        out, lse = cuda_kernels.attention_fwd(q, k, v, None, None, None, True, None, 0.125, 0.0)
+        out, lse = cuda_kernels.attention_fwd(AttentionCall(q, k, v, scale=0.125))
     scores = (q.double() @ k.double().mT * 0.125).cpu()
     seen = torch.ones(200, 150, dtype=torch.bool).tril(150 - 200)
     truth = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
@@ -352,13 +352,12 @@ def test_ops_are_well_formed(hopper, packed):
     shape = (40, 2, 64) if packed else (1, 2, 40, 64)
     q, k, v, dout = (torch.randn(shape).to(hopper.device, torch.bfloat16) for _ in range(4))
     bounds = torch.tensor([0, 10, 40], dtype=torch.int32, device=hopper.device) if packed else None
-    variables, options = (None, bounds, None), (True, 9, 0.125, 0.0)
-    out, lse = cuda_kernels.attention_fwd(q, k, v, *variables, *options)
+    call = AttentionCall(q, k, v, cu_seqlens=bounds, window=9, scale=0.125)
+    out, lse = cuda_kernels.attention_fwd(call)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(cuda_kernels.attention_fwd.torch_op, (q, k, v, *variables, *options), test_utils=tests)
-    torch.library.opcheck(
-        cuda_kernels.attention_bwd.torch_op, (dout, q, k, v, out, lse, *variables, *options, True), test_utils=tests
-    )
+    torch.library.opcheck(cuda_kernels.attention_fwd.torch_op, call.flat(), test_utils=tests)
+    backward = (*call.flat(), dout, out, lse, True)
+    torch.library.opcheck(cuda_kernels.attention_bwd.torch_op, backward, test_utils=tests)
 
 
 @pytest.mark.parametrize(
@@ -387,4 +386,4 @@ def test_refusals_give_their_reason(hopper, change, reason):
 def test_older_gpus_are_refused():
     with Where("simulator", 80).active():
         q = torch.zeros(1, 1, 8, 64, dtype=torch.bfloat16)
-        assert "needs compute capability 9.0" in cuda_kernels.unsupported(q, q, q, None, None, True, None, 0.1, 0.0)
+        assert "needs compute capability 9.0" in cuda_kernels.unsupported(AttentionCall(q, q, q))

@@ -9,6 +9,7 @@ from kernel_variants import Builder, using
 
 from gptkernels import cuda_build, cuda_library, simulator
 from gptkernels.ops.attention import cuda_kernels
+from gptkernels.ops.attention.record import AttentionCall
 
 # Warp instructions per thousand tensor-core FLOPs of FlashAttention-3's own kernels, counted in the same simulator
 # (one head of 128, causal): beyond 0.98 an H100 cannot issue them as fast as its tensor cores multiply.
@@ -89,11 +90,11 @@ def counters():
 @pytest.mark.parametrize(("direction", "tokens"), FLASH_ATTENTION_3)
 def test_executes_no_more_than_flash_attention_3(main_kernel_last, direction, tokens):
     q, k, v = (torch.randn(1, 1, tokens, 128).bfloat16() for _ in range(3))
-    options = (None, None, None, True, None, 128**-0.5, 0.0)
+    call = AttentionCall(q, k, v, scale=128**-0.5)
     with using(main_kernel_last), simulator.use(arch=90):
-        out, lse = cuda_kernels.attention_fwd(q, k, v, *options)
+        out, lse = cuda_kernels.attention_fwd(call)
         if direction == "bwd":
-            cuda_kernels.attention_bwd(torch.randn_like(q), q, k, v, out, lse, *options, False)
+            cuda_kernels.attention_bwd(call, torch.randn_like(q), out, lse, False)
         stats = counters()
     assert stats.warp_instructions / stats.tensor_flops * 1e3 <= FLASH_ATTENTION_3[direction, tokens]
     assert stats.shared_wavefronts == stats.shared_ideal_wavefronts
@@ -116,7 +117,7 @@ def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
     """Tensor-core FLOPs are those of the blocks that hold a visible pair of a query and a key, and no others."""
     tokens = 900
     q, k, v = (torch.randn(1, 1, tokens, head_dim).bfloat16() for _ in range(3))
-    options = (None, None, None, causal, window, 0.1, 0.0)
+    call = AttentionCall(q, k, v, causal=causal, window=window, scale=0.1)
     i = torch.arange(tokens)
     distance = i[:, None] - i
     visible = (distance < window) & (distance >= 0 if causal else distance > -window)
@@ -127,9 +128,9 @@ def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
         return per_pair * m * n * head_dim * int(blocks)
 
     with using(main_kernel_last), simulator.use(arch=90):
-        out, lse = cuda_kernels.attention_fwd(q, k, v, *options)
+        out, lse = cuda_kernels.attention_fwd(call)
         assert counters().tensor_flops == flops(192 if head_dim == 64 else 128, 80 if head_dim == 256 else 128, 4)
-        cuda_kernels.attention_bwd(torch.randn_like(q), q, k, v, out, lse, *options, False)
+        cuda_kernels.attention_bwd(call, torch.randn_like(q), out, lse, False)
         assert counters().tensor_flops == flops(128 if head_dim == 64 else 64, 64 if head_dim == 256 else 128, 10)
 
 
@@ -141,7 +142,7 @@ def test_forward_pads_heads_no_further_than_this(library, head_dim, keys, padded
         pytest.skip(simulator.cuda_unavailable())
     q, k, v = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(3))
     with simulator.use(arch=90):
-        cuda_kernels.attention_fwd(q, k, v, None, None, None, False, None, 0.1, 0.0)
+        cuda_kernels.attention_fwd(AttentionCall(q, k, v, causal=False, scale=0.1))
         blocks = -(-300 // 128) * -(-300 // keys)
         assert counters().tensor_flops == blocks * 4 * 128 * keys * padded
 
@@ -158,9 +159,9 @@ def test_backward_pads_heads_no_further_than_this(library, head_dim, queries, ke
     from ptxemu import timing
 
     q, k, v, out, dout = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(5))
-    options = (None, None, None, False, None, 0.1, 0.0)
+    call = AttentionCall(q, k, v, causal=False, scale=0.1)
     with simulator.use(arch=90), timing.recording() as launches:
-        cuda_kernels.attention_bwd(dout, q, k, v, out, torch.zeros(1, 1, 300), *options, False)
+        cuda_kernels.attention_bwd(call, dout, out, torch.zeros(1, 1, 300), False)
     (main,) = (launch for launch in launches if "attention_bwd_kernel" in launch.kernel)
     blocks = -(-300 // queries) * -(-300 // keys)
     assert main.stats["tensor_flops"] == blocks * 2 * queries * keys * columns

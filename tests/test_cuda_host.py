@@ -12,6 +12,7 @@ from conftest import skip_without_library
 import gptkernels as gk
 from gptkernels import cuda_library, hardware, simulator
 from gptkernels.ops.attention import cuda_kernels as attention_kernels
+from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.ops.mlp import cuda_kernels as mlp_kernels
 
 if simulator.unavailable():
@@ -191,11 +192,12 @@ def test_an_error_of_ours_is_not_left_to_others(device):
 
 def launch_with(q, **changes):
     """attention_fwd with other parameters than it would have"""
-    launch = cuda_library.launch
-    with mock.patch.object(
-        cuda_library, "launch", side_effect=lambda name, device, fields: launch(name, device, fields | changes)
-    ):
-        return attention_kernels.attention_fwd(q, q, q, None, None, None, True, None, 0.125, 0.0)
+
+    def changed(name, device, tensors, numbers):
+        return cuda_library.Launch(name, device, tensors, numbers | changes)
+
+    with mock.patch.object(attention_kernels, "Launch", changed):
+        return attention_kernels.attention_fwd(AttentionCall(q, q, q, scale=0.125))
 
 
 def test_errors_name_the_step_and_what_it_was_given(device):
@@ -207,10 +209,10 @@ def test_errors_name_the_step_and_what_it_was_given(device):
         "attention_fwd: cuTensorMapEncodeTiled of k: CUDA_ERROR_INVALID_VALUE (1) for sizes (64, 70, 1, 1)"
     )
     assert "strides in bytes (130, " in text
+    x, weight = q[0, 0, :, 1:9], q[0, 0, :16, :8].contiguous()
+    launch = mlp_kernels.linear_launch(x, weight, None)
     with pytest.raises(RuntimeError, match=r"mlp_fwd: cuTensorMapEncodeTiled of a: "):
-        mlp_kernels.fused_linear(
-            q[0, 0, :, 1:9], q[0, 0, :16, :8].contiguous(), None, out=torch.empty(70, 16).bfloat16()
-        )
+        launch(x, weight, None, None, None, torch.empty(70, 16).bfloat16())
 
 
 def test_fields_are_checked_by_name(device):
@@ -218,16 +220,20 @@ def test_fields_are_checked_by_name(device):
     with pytest.raises(KeyError, match="more fields"):
         launch_with(q, unknown=1)
     with pytest.raises(KeyError, match="there is no rows"):
-        cuda_library.launch("cross_entropy", q.device, dict.fromkeys(("logits", "targets", "losses", "lse", "scale")))
+        cuda_library.Launch("cross_entropy", q.device, ("logits", "targets", "losses", "lse", "scale"), {})
+    with pytest.raises(ValueError, match="logits"):
+        cuda_library.Launch("cross_entropy", q.device, (), {})
+    with pytest.raises(ValueError, match="not the tensors"):
+        mlp_kernels.linear_launch(q[0, 0], q[0, 0], None)(q)
 
 
 def test_the_tile_counter_resets_itself(device):
     """Also after a launch that failed half-way, and with as many launches as one likes."""
     q, k, v = (torch.randn(1, 4, 500, 64).bfloat16() for _ in range(3))
-    options = (None, None, None, True, None, 0.125, 0.0)
-    expected = attention_kernels.attention_fwd(q, k, v, *options)
+    call = AttentionCall(q, k, v, scale=0.125)
+    expected = attention_kernels.attention_fwd(call)
     for _ in range(3):
-        for value, truth in zip(attention_kernels.attention_fwd(q, k, v, *options), expected, strict=True):
+        for value, truth in zip(attention_kernels.attention_fwd(call), expected, strict=True):
             assert torch.equal(value, truth)
         assert not cuda_library.zeroed_counters(q.device).any()
     cuda_library.zeroed_counters(q.device).fill_(3)

@@ -14,6 +14,7 @@ from parity import assert_parity
 import gptkernels as gk
 from gptkernels import simulator
 from gptkernels.ops.linear_cross_entropy import chunks, cuda_kernels, eager, reference, triton_kernels
+from gptkernels.ops.linear_cross_entropy.record import LossCall
 
 BACKENDS = ["eager", "triton", "cuda"]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -229,10 +230,16 @@ def test_compile_and_opcheck(anywhere, backend):
             torch.testing.assert_close(a, b)
     kernels = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}[backend]
     x, weight = (t.detach() for t in tensors.values())
-    for options in ((-100, "mean", True, True), (3, "none", False, True), (3, "sum", True, False)):
-        torch.library.opcheck(kernels.linear_cross_entropy_fwd.torch_op, (x, weight, targets, *options))
+    for *options, needs_x, needs_weight in (
+        (-100, "mean", True, True),
+        (3, "none", False, True),
+        (3, "sum", True, False),
+    ):
+        call = LossCall(x, weight, targets, *options, x.dtype)
+        torch.library.opcheck(kernels.linear_cross_entropy_fwd.torch_op, (*call.flat(), needs_x, needs_weight))
     losses, lse = torch.rand(2, 12, device=x.device)
-    arguments = (losses, x, weight, targets, lse, -100, True, True, True)
+    call = LossCall(x, weight, targets, -100, "none", x.dtype)
+    arguments = (*call.flat(), losses, lse, True, True, True)
     torch.library.opcheck(kernels.linear_cross_entropy_bwd.torch_op, arguments)
 
 

@@ -11,6 +11,7 @@ from parity import assert_parity
 import gptkernels as gk
 from gptkernels import simulator
 from gptkernels.ops.mlp import eager, outputs, reference, triton_kernels
+from gptkernels.ops.mlp.record import MlpCall
 
 BACKENDS = ["eager", "fused", "pointwise"]
 ACTIVATIONS = list(reference.ACTIVATIONS)
@@ -172,12 +173,12 @@ def test_transposed_weights(anywhere, backend, names, copies_from):
             assert grad.stride() == tensor.stride()
     kernels = eager if backend == "eager" else triton_kernels
     arguments = tuple(t.detach() for t in tensors.values())
-    torch.library.opcheck(kernels.mlp_fwd.torch_op, (*arguments, "gelu", "all"))
-    out, preact, act = kernels.mlp_fwd(*arguments, "gelu", "all")
-    x, fc_weight, fc_bias, proj_weight = arguments[:4]
-    backward = (torch.ones_like(out), x, fc_weight, fc_bias, proj_weight, preact, act, "gelu", "all", [True] * 5)
+    call = MlpCall(*arguments, "gelu", "all")
+    torch.library.opcheck(kernels.mlp_fwd.torch_op, call.flat())
+    out, preact, act = kernels.mlp_fwd(call)
+    backward = (*call.flat(), torch.ones_like(out), preact, act, [True] * 5)
     torch.library.opcheck(kernels.mlp_bwd.torch_op, (*backward, None, None))
-    sums = torch.zeros(fc_weight.shape), torch.zeros(proj_weight.shape)
+    sums = torch.zeros(call.fc_weight.shape), torch.zeros(call.proj_weight.shape)
     torch.library.opcheck(kernels.mlp_bwd.torch_op, (*backward, *sums))
 
 

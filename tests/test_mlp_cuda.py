@@ -61,7 +61,8 @@ def test_transposed_weights(hopper, copies_from):
     with mock.patch.object(outputs, "COPIES_FROM_ROWS", copies_from):
         for save in ("all", "preact", "input"):
             assert_mlp_parity(tensors, "cuda", save=save)
-        with mock.patch.object(cuda_library, "launch", side_effect=cuda_library.launch) as launch:
+        launch = cuda_library.Launch.__call__
+        with mock.patch.object(cuda_library.Launch, "__call__", autospec=True, side_effect=launch) as launch:
             gk.mlp(**tensors, backend="cuda").sum().backward()
     assert launch.called == (copies_from == 0)
 
@@ -160,10 +161,12 @@ def test_counters(library, backward):
     with simulator.use(arch=90), ptxemu.cuda.use() as device:
         if backward:
             weight, preact = torch.randn(K, N).bfloat16(), torch.randn(M, N).bfloat16()
-            cuda_kernels.fused_grad_preact(a, weight, preact, "gelu", torch.empty_like(preact), True)
+            launch, parts = cuda_kernels.grad_preact_launch(a, weight, "gelu")
+            launch(a, weight, preact, torch.empty_like(preact), torch.empty_like(preact), torch.empty(parts))
         else:
             out, preact = torch.empty(2, M, N).bfloat16().unbind()
-            cuda_kernels.fused_linear(a, torch.randn(N, K).bfloat16(), None, activation="gelu", preact=preact, out=out)
+            weight = torch.randn(N, K).bfloat16()
+            cuda_kernels.linear_launch(a, weight, None, "gelu")(a, weight, None, None, preact, out)
         stats = device.last_stats()
     assert stats.tensor_flops == 2 * M * N * K
     assert stats.shared_wavefronts == stats.shared_ideal_wavefronts

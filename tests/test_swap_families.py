@@ -242,7 +242,7 @@ def windows_of(model, arguments) -> list:
         logits_of(model, **arguments)
     if report:
         report.undo()
-    return [arguments[6] for op, arguments in calls if op == "attention"]
+    return [call.window for op, call in calls if op == "attention"]
 
 
 @each_family

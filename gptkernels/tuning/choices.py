@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import hardware
+from ..records import Record
 from ..remembered import forget
 from . import classes, store
 
@@ -17,40 +18,40 @@ _known: dict[tuple[str, int | None], dict[classes.CallClass, dict]] = {}
 _trial: dict[str, Any] | None = None
 
 
-def entry(op: str, arguments: tuple) -> dict | None:
+def entry(op: str, record: Record) -> dict | None:
     """What was measured for calls like this one on its device"""
     if torch.compiler.is_compiling():
         return None
-    device = arguments[0].device
+    device = record.first.device
     if device.type not in ("cpu", "cuda") or hardware.is_simulated(device):
         return None
     key = device.type, device.index
     if key not in _known:
         _known[key] = store.load(device)
-    return classes.nearest(classes.of(op, arguments), _known[key]) if _known[key] else None
+    return classes.nearest(classes.of(op, record), _known[key]) if _known[key] else None
 
 
-def order(op: str, arguments: tuple) -> list[str]:
+def order(op: str, record: Record) -> list[str]:
     """Backends, the fastest first; none where nothing was measured"""
-    found = entry(op, arguments) if _trial is None else None
+    found = entry(op, record) if _trial is None else None
     return [name for name, _ in found["order"]] if found else []
 
 
-def setting(name: str, op: str, arguments: tuple, default: Any) -> Any:
+def setting(name: str, op: str, record: Record, default: Any) -> Any:
     """A launch setting, such as "attention_fwd": (BLOCK_M, BLOCK_N, warps, stages)"""
     if _trial is not None:
         return as_default(_trial.get(name), default)
-    found = entry(op, arguments)
+    found = entry(op, record)
     return as_default(found["settings"].get(name) if found else None, default)
 
 
-def told(op: str, arguments: tuple) -> str:
+def told(op: str, record: Record) -> str:
     """Why `auto` takes what it takes"""
-    found = entry(op, arguments)
+    found = entry(op, record)
     if found:
         times = ", ".join(f"{name} {us:.0f} us" for name, us in found["order"])
         return f"measured here on {found['when'][:10]}: {times}"
-    on_gpu = arguments[0].device.type == "cuda"
+    on_gpu = record.first.device.type == "cuda"
     return "not measured on this GPU, which `gptkernels tune` does" if on_gpu else ""
 
 

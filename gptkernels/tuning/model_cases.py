@@ -1,40 +1,38 @@
 """The calls of a model, as cases to tune."""
 
+from typing import Any
+
 import torch
 
 from ..bench.cases import Case
 from ..dispatch import recording
 from ..failures import UsageError
+from ..records import Record
 from .classes import dtype_name
 
 # Of a model that is tuned by name: as many as fill a GPU, in sequences of at most so many
 TOKENS, LENGTH = 16384, 2048
 
 
-def case_of(op: str, arguments: tuple) -> Case:
+def case_of(op: str, call: Any) -> Case:
     """The case that is most like a call"""
-    x, dtype = arguments[0], dtype_name(arguments[0])
     if op == "attention":
-        q, k, window = arguments[0], arguments[1], arguments[6]
+        q, k = call.q, call.k
         packed = q.ndim == 3
         batch, tokens = (1, k.shape[0]) if packed else (q.shape[0], k.shape[2])
-        shape = {"B": batch, "H": q.shape[1], "G": k.shape[1], "T": tokens, "D": q.shape[-1], "W": window or 0}
+        shape = {"B": batch, "H": q.shape[1], "G": k.shape[1], "T": tokens, "D": q.shape[-1], "W": call.window or 0}
     elif op == "decode_attention":
-        cache, window = arguments[1], arguments[4]
-        heads = {"H": x.shape[1], "G": cache.shape[1]}
-        shape = {"B": x.shape[0], **heads, "T": cache.shape[2], "D": x.shape[-1], "W": window or 0}
+        q, cache = call.q, call.k_cache
+        heads = {"H": q.shape[1], "G": cache.shape[1]}
+        shape = {"B": q.shape[0], **heads, "T": cache.shape[2], "D": q.shape[-1], "W": call.window or 0}
     else:
-        shape = {"M": x.shape[0], "N": x.shape[1]}
-        if op == "mlp":
-            shape["F"] = arguments[1].shape[0]
-        if op == "linear_cross_entropy":
-            shape["V"] = arguments[1].shape[0]
-    return Case.of(op, dtype, **shape)
+        _, shape = call.traits()
+    return Case.of(op, dtype_name(call.first), **shape)
 
 
-def distinct(calls: list[tuple[str, tuple]]) -> list[Case]:
+def distinct(calls: list[tuple[str, Record]]) -> list[Case]:
     """One case for calls of the same shape; those without any rows are left out"""
-    cases = [case_of(op, arguments) for op, arguments in calls if arguments[0].numel()]
+    cases = [case_of(op, call) for op, call in calls if call.first.numel()]
     return list({(case.op, case.label, case.dtype): case.with_passes(passes_of(case)) for case in cases}.values())
 
 

@@ -27,7 +27,7 @@ def tune(model: nn.Module, batch: Any, *, budget: float = 120.0) -> dict[CallCla
         model(**batch) if isinstance(batch, Mapping) else model(batch)
     if not calls:
         raise ValueError("model calls no op of gptkernels: accelerate(model) first")
-    device = calls[0][1][0].device
+    device = calls[0][1].first.device
     try:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             with store.writing(device) as writer:

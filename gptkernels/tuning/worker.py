@@ -34,14 +34,14 @@ class Instructions:
 
     def microseconds(self, call: Callable, case: Case, which: str, sets: list, seconds: float) -> float:
         thunk, counted = measure.make_thunk(call, case, which, sets[0]), 0
-        launch, before = cuda_library.launch, self.driver.total_stats.warp_instructions
+        launch, before = cuda_library.Launch.__call__, self.driver.total_stats.warp_instructions
 
-        def counting(name, device, fields):
+        def counting(prepared, *tensors):
             nonlocal counted
-            launch(name, device, fields)
+            launch(prepared, *tensors)
             counted += self.cuda.last_stats().warp_instructions
 
-        with mock.patch.object(cuda_library, "launch", counting):
+        with mock.patch.object(cuda_library.Launch, "__call__", counting):
             thunk()
         return float(counted + self.driver.total_stats.warp_instructions - before)
 
@@ -108,7 +108,7 @@ def class_of(inputs: Inputs) -> dict:
     """Of the case's calls"""
     op = cast(Any, inputs.case.spec.function)
     prepared = op.prepare(**inputs.sets[0], **inputs.case.kwargs)
-    found = classes.of(prepared.op, prepared.arguments())
+    found = classes.of(prepared.op, prepared.record())
     return {"op": found.op, "kind": found.kind, "sizes": found.sizes}
 
 

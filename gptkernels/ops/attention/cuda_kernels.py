@@ -4,28 +4,22 @@ import torch
 from torch import Tensor
 
 from ... import cuda_library, hardware
+from ...cuda_library import Copies, Launch
+from ...remembered import remembered
 from ...torch_library import torch_op
 from .outputs import bwd_outputs, fwd_outputs
+from .record import AttentionCall
 
 MAX_TOKENS = 1 << 28
 # The kernels' word for a mask that does not end on one side of the diagonal.
 UNBOUNDED = 1 << 30
 
 
-def unsupported(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-) -> str | None:
+def unsupported(call: AttentionCall) -> str | None:
+    q, k, v = call.q, call.k, call.v
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {q.dtype}"
-    if dropout > 0:
+    if call.dropout > 0:
         return "has no dropout"
     if q.shape[-1] % 8:
         return f"takes head sizes that are multiples of 8, not {q.shape[-1]}"
@@ -43,8 +37,8 @@ def dq_order(window: int | None, deterministic: bool) -> int:
     return 2 if window is not None else int(deterministic)
 
 
-def describe(q, k, v, key_start, cu_seqlens, causal, window, scale, dropout) -> str:
-    if dq_order(window, torch.are_deterministic_algorithms_enabled()):
+def describe(call: AttentionCall) -> str:
+    if dq_order(call.window, torch.are_deterministic_algorithms_enabled()):
         return "the gradients have the same bits on every run"
     return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
 
@@ -56,11 +50,17 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return 0, x.stride(1), x.stride(0)
 
 
-def shape_fields(q, k, key_start, cu_seqlens, causal, window, scale) -> dict:
+# What only some calls have
+VARIABLES = ("key_start", "cu_seqlens")
+
+
+def shape_numbers(call: AttentionCall) -> dict:
     """csrc/attention/attention.h's AttentionShape"""
-    packed = cu_seqlens is not None
-    batch, q_len, k_len = (cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]) if packed else (*q.shape[::2], k.shape[2])
-    left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
+    q, k = call.q, call.k
+    batch, q_len, k_len = q.shape[0], q.shape[-2], k.shape[-2]
+    if call.cu_seqlens is not None:
+        batch, q_len, k_len = call.cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]
+    left = UNBOUNDED if call.window is None else min(call.window - 1, UNBOUNDED)
     return {
         "batch": batch,
         "heads": q.shape[1],
@@ -69,82 +69,71 @@ def shape_fields(q, k, key_start, cu_seqlens, causal, window, scale) -> dict:
         "k_len": k_len,
         "head_dim": q.shape[-1],
         "left": left,
-        "right": 0 if causal else left,
-        "scale": scale,
-        "key_start": key_start,
-        "cu_seqlens": cu_seqlens,
+        "right": 0 if call.causal else left,
+        "scale": call.scale,
     }
 
 
-def tensor_fields(**tensors: Tensor) -> dict:
-    """Tensors with head and token dimensions, and their strides"""
-    return tensors | {f"{name}_strides": strides(x) for name, x in tensors.items()}
+def prepared(name: str, call: AttentionCall, others: tuple[str, ...], numbers: dict, **tensors: Tensor) -> Launch:
+    """tensors: those that have heads and tokens, which the launch takes first, before `others` and VARIABLES"""
+    numbers = {
+        **shape_numbers(call),
+        **numbers,
+        **{f"{tensor}_strides": strides(x) for tensor, x in tensors.items()},
+        "dtype": cuda_library.DTYPE[call.q.dtype],
+        "sm_count": hardware.sm_count(call.q.device),
+    }
+    return Launch(name, call.q.device, (*tensors, *others, *VARIABLES), numbers)
 
 
 @torch_op(fake=fwd_outputs)
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
-    cu_seqlens: (N + 1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
-    out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
-    if q.numel() == 0 or k.numel() == 0:
+def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """-> out: as q, lse: (B, H, Tq) or (H, T)"""
+    out, lse = fwd_outputs(call)
+    if call.q.numel() == 0 or call.k.numel() == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    q, k, v = cuda_library.addressable(q, k, v)
-    fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
-    fields |= tensor_fields(q=q, k=k, v=v, out=out)
-    fields["lse"] = lse
-    fields["dtype"] = cuda_library.DTYPE[q.dtype]
-    fields["sm_count"] = hardware.sm_count(q.device)
-    fields["tile_counter"] = cuda_library.zeroed_counters(q.device)
-    cuda_library.launch("attention_fwd", q.device, fields)
+    copies, launch = fwd_launch(call, out=out)
+    counter = cuda_library.zeroed_counters(call.q.device)
+    launch(*copies(call.q, call.k, call.v), out, lse, counter, call.key_start, call.cu_seqlens)
     return out, lse
+
+
+@remembered
+def fwd_launch(call: AttentionCall, out: Tensor) -> tuple[Copies, Launch]:
+    copies = Copies(call.q, call.k, call.v)
+    q, k, v = copies(call.q, call.k, call.v)
+    return copies, prepared("attention_fwd", call, ("lse", "tile_counter"), {}, q=q, k=k, v=v, out=out)
 
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-    deterministic: bool,
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
-    -> dq, dk, dv: as q, k, v. dk and dv have the same bits on every run, dq with a window or `deterministic`."""
-    grads = bwd_outputs(
-        dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
-    )
-    if q.numel() == 0 or k.numel() == 0:
+    """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v. Those of k and v have the same bits on every
+    run, that of q with a window or `deterministic`."""
+    grads = bwd_outputs(call, dout, out, lse, deterministic)
+    if call.q.numel() == 0 or call.k.numel() == 0:
         for grad in grads:
             grad.zero_()
         return grads
-    dout, q, k, v = cuda_library.addressable(dout, q, k, v)
-    fields = shape_fields(q, k, key_start, cu_seqlens, causal, window, scale)
-    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(fields, hardware.sm_count(q.device))
-    dq, dk, dv = grads
-    fields |= tensor_fields(dout=dout, q=q, k=k, v=v, out=out, dq=dq, dk=dk, dv=dv)
-    fields["lse"] = lse
-    fields["workspace"] = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device)
-    fields["dtype"] = cuda_library.DTYPE[q.dtype]
-    fields["sm_count"] = hardware.sm_count(q.device)
-    fields["dq_order"] = dq_order(window, deterministic)
-    cuda_library.launch("attention_bwd", q.device, fields)
+    copies, workspace_bytes, launch = bwd_launch(call, dout, out, deterministic, grads=grads)
+    workspace = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=call.q.device)
+    dout, q, k, v = copies(dout, call.q, call.k, call.v)
+    launch(dout, q, k, v, out, *grads, lse, workspace, call.key_start, call.cu_seqlens)
     return grads
+
+
+@remembered
+def bwd_launch(
+    call: AttentionCall, dout: Tensor, out: Tensor, deterministic: bool, grads: tuple[Tensor, ...]
+) -> tuple[Copies, int, Launch]:
+    """-> with the bytes of its workspace"""
+    copies = Copies(dout, call.q, call.k, call.v)
+    dout, q, k, v = copies(dout, call.q, call.k, call.v)
+    dq, dk, dv = grads
+    workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(
+        VARIABLES, shape_numbers(call), (call.key_start, call.cu_seqlens), hardware.sm_count(q.device)
+    )
+    order = {"dq_order": dq_order(call.window, deterministic)}
+    tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
+    return copies, workspace_bytes, prepared("attention_bwd", call, ("lse", "workspace"), order, **tensors)

@@ -17,6 +17,7 @@ from ...tuning import choices
 from ..checks import check_bounds
 from ..dropout import keep
 from .outputs import bwd_outputs, fwd_outputs
+from .record import AttentionCall
 from .visibility import visible_at
 
 # On the CPU PyTorch fuses the softmax into the products, and hands back the log-sum-exp that backward needs.
@@ -51,14 +52,15 @@ class Sequences(NamedTuple):
         return row.view(1, -1, 1, 1) if self.packed else row.view(*lse.shape[:2], 1, 1)[self.batch]
 
 
-def sequences(q: Tensor, k: Tensor, key_start: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[Sequences]:
-    if cu_seqlens is not None:
+def sequences(call: AttentionCall) -> Iterator[Sequences]:
+    q, k = call.q, call.k
+    if call.cu_seqlens is not None:
         # Looked at here too: under torch.compile the op could not.
-        bounds = check_bounds(cu_seqlens, q.shape[0])
+        bounds = check_bounds(call.cu_seqlens, q.shape[0])
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             yield Sequences(slice(0, 1), slice(start, end), slice(start, end), True)
-    elif key_start is not None:
-        for b, start in enumerate(key_start.clamp(0, k.shape[2]).tolist()):
+    elif call.key_start is not None:
+        for b, start in enumerate(call.key_start.clamp(0, k.shape[2]).tolist()):
             yield Sequences(slice(b, b + 1), slice(0, q.shape[2]), slice(start, k.shape[2]), False)
     else:
         yield Sequences(slice(0, q.shape[0]), slice(0, q.shape[2]), slice(0, k.shape[2]), False)
@@ -104,42 +106,31 @@ def blocks(queries: int, keys: int, causal: bool, window: int | None, rows: int 
 
 
 @torch_op(fake=fwd_outputs)
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
-    cu_seqlens: (N + 1,); seed: (1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
-    out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
-    if key_start is None and cu_seqlens is None and whole(q, q, k, causal, window, dropout):
+def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """-> out: as q, lse: (B, H, Tq) or (H, T)"""
+    out, lse = fwd_outputs(call)
+    q, k, v, seed, scale = call.q, call.k, call.v, call.seed, call.scale
+    if call.key_start is None and call.cu_seqlens is None and whole(call, q, k):
         out_whole, lse_whole, bad = fused_or_bad(q, k, v, None, True, scale)
         if bad is None:
             return laid_out(out_whole, out), laid_out(lse_whole, lse)
     out.zero_(), lse.fill_(-torch.inf)
-    (rows,) = block_rows(q, k, cu_seqlens, window)
-    for part in sequences(q, k, key_start, cu_seqlens):
+    rows = block_rows(call)
+    for part in sequences(call):
         q_part, out_part = part.select(q, part.queries), part.select(out, part.queries)
         k_part, v_part = part.select(k, part.keys), part.select(v, part.keys)
         lse_part = part.select_lse(lse)
         bad = None
-        if whole(q, q_part, k_part, causal, window, dropout):
+        if whole(call, q_part, k_part):
             out_whole, lse_whole, bad = fused_or_bad(q_part, k_part, v_part, None, True, scale)
             if bad is None:
                 out_part.copy_(out_whole), lse_part.copy_(lse_whole)
                 continue
-        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window, rows):
+        for block in blocks(q_part.shape[2], k_part.shape[2], call.causal, call.window, rows):
             qb, kb, vb = q_part[:, :, block.queries], k_part[:, :, block.keys], v_part[:, :, block.keys]
             seen, keep = block.seen(q.device), None
             if seed is not None:
-                keep = kept(seed, part, block, lse, dropout)
+                keep = kept(seed, part, block, lse, call.dropout)
             out_block, lse_block = block_fwd(qb, kb, vb, seen, keep, scale)
             out_part[:, :, block.queries], lse_part[:, :, block.queries] = out_block, lse_block
         if bad is not None:
@@ -151,49 +142,34 @@ def attention_fwd(
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-    deterministic: bool,
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
-    -> dq, dk, dv: as q, k, v"""
-    grads = bwd_outputs(
-        dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
-    )
-    if key_start is None and cu_seqlens is None and whole(q, q, k, causal, window, dropout):
+    """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v"""
+    grads = bwd_outputs(call, dout, out, lse, deterministic)
+    q, k, v, seed, scale = call.q, call.k, call.v, call.seed, call.scale
+    if call.key_start is None and call.cu_seqlens is None and whole(call, q, k):
         sums = fused_grads(dout, q, k, v, out, lse, None, True, scale)
         dq, dk, dv = (laid_out(found, grad) for found, grad in zip(sums, grads, strict=True))
         return dq, dk, dv
     dq, dk, dv = (grad.zero_() for grad in grads)
-    (rows,) = block_rows(q, k, cu_seqlens, window)
-    for part in sequences(q, k, key_start, cu_seqlens):
+    rows = block_rows(call)
+    for part in sequences(call):
         q_part, out_part, dout_part, dq_part = (part.select(x, part.queries) for x in (q, out, dout, dq))
         k_part, v_part, dk_part, dv_part = (part.select(x, part.keys) for x in (k, v, dk, dv))
         lse_part = part.select_lse(lse)
-        if whole(q, q_part, k_part, causal, window, dropout):
+        if whole(call, q_part, k_part):
             sums = fused_grads(dout_part, q_part, k_part, v_part, out_part, lse_part, None, True, scale)
             for target, grad in zip((dq_part, dk_part, dv_part), sums, strict=True):
                 target.copy_(grad)
             continue
         # Keys get a share from each block that sees them: summed in float32, rounded once.
         dk_sum, dv_sum = (torch.zeros_like(x, dtype=torch.float32) for x in (dk_part, dv_part))
-        for block in blocks(q_part.shape[2], k_part.shape[2], causal, window, rows):
+        for block in blocks(q_part.shape[2], k_part.shape[2], call.causal, call.window, rows):
             qb, ob, gb = (x[:, :, block.queries] for x in (q_part, out_part, dout_part))
             kb, vb = k_part[:, :, block.keys], v_part[:, :, block.keys]
             seen, keep = block.seen(q.device), None
             if seed is not None:
-                keep = kept(seed, part, block, lse, dropout)
+                keep = kept(seed, part, block, lse, call.dropout)
             dq_block, dk_block, dv_block = block_bwd(
                 gb, qb, kb, vb, ob, lse_part[:, :, block.queries], seen, keep, scale
             )
@@ -205,15 +181,15 @@ def attention_bwd(
 
 
 @remembered
-def block_rows(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int | None) -> tuple[int]:
+def block_rows(call: AttentionCall) -> int:
     """What was measured for calls like this one, or 0"""
-    return (choices.setting("eager_rows", "attention", (q, k, k, None, cu_seqlens, True, window), 0),)
+    return choices.setting("eager_rows", "attention", call, 0)
 
 
-def whole(q: Tensor, q_part: Tensor, k_part: Tensor, causal: bool, window: int | None, dropout: float) -> bool:
+def whole(call: AttentionCall, q_part: Tensor, k_part: Tensor) -> bool:
     """Whether the fused kernel's own causal mask, which starts at the first key, is the mask of the whole sequence."""
     square = q_part.shape[2] == k_part.shape[2] > 0
-    return q.device.type == "cpu" and causal and window is None and not dropout and square
+    return call.q.device.type == "cpu" and call.causal and call.window is None and not call.dropout and square
 
 
 def laid_out(found: Tensor, like: Tensor) -> Tensor:

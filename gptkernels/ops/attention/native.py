@@ -3,18 +3,21 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from .record import AttentionCall
 
-def unsupported(q, k, v, key_start, cu_seqlens, causal, window, scale, dropout) -> str | None:
-    if key_start is not None or cu_seqlens is not None or window is not None or dropout:
+
+def unsupported(call: AttentionCall) -> str | None:
+    if call.key_start is not None or call.cu_seqlens is not None or call.window is not None or call.dropout:
         return "takes neither padding, documents, windows nor dropout here"
-    if q.device.type == "cpu":
+    if call.q.device.type == "cpu":
         return "is what eager is made of on a CPU"
-    if causal and q.shape[2] != k.shape[2]:
+    if call.causal and call.q.shape[2] != call.k.shape[2]:
         return "counts the keys that a query sees from the first one, where there are more keys than queries"
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, key_start, cu_seqlens, causal: bool, window, scale: float, dropout) -> Tensor:
-    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D), with its own autograd"""
+def run(call: AttentionCall) -> Tensor:
+    """-> out: as q, with its own autograd"""
+    q, k, v = call.q, call.k, call.v
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, scale=call.scale, enable_gqa=grouped)

@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch import Call, op
+from ...records import with_key
 from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast
 from ..dropout import draw_seed
 from . import cuda_kernels, eager, native, triton_kernels
+from .record import AttentionCall
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 HEAD_SIZES = range(1, 257)
@@ -56,44 +58,51 @@ def attention(
         check_options(q, causal, window, scale, dropout)
         check_lengths(q, k, key_start, cu_seqlens)
 
-    def arguments():
+    def record():
         check_documents(q, cu_seqlens)
         longest = max(q.shape[-2], k.shape[-2]) if cu_seqlens is None else q.shape[0]
         width = None if window is None or window >= longest else window
         factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return *padded_heads(q, k, v), key_start, cu_seqlens, causal, width, factor, float(dropout)
+        return AttentionCall(*padded_heads(q, k, v), key_start, cu_seqlens, None, causal, width, factor, float(dropout))
 
-    def run(kernels, *arguments):
-        out = native.run(*arguments) if kernels is native else apply(AttentionFunction, kernels, *arguments)
+    def run(kernels, call):
+        out = native.run(call) if kernels is native else apply(AttentionFunction, kernels, call.key, *call.flat())
         return out if out.shape == q.shape else out[..., : q.shape[-1]]
 
-    return Call("attention", BACKENDS, backend, check, arguments, run)
+    return Call("attention", BACKENDS, backend, check, record, run)
 
 
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, q, k, v, key_start, cu_seqlens, causal, window, scale, dropout):
-        seed = draw_seed(q.device) if dropout else None
-        out, lse = kernels.attention_fwd(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
-        ctx.save_for_backward(q, k, v, out, lse, key_start, cu_seqlens, seed)
-        ctx.kernels, ctx.options = kernels, (causal, window, scale, dropout)
+    def forward(ctx, kernels, key, *values):
+        call = with_key(AttentionCall(*values), key)
+        if call.dropout:
+            call.seed = draw_seed(call.q.device)
+        out, lse = kernels.attention_fwd(call)
+        tensors, ctx.options = values[:5], values[6:]
+        ctx.save_for_backward(*tensors, call.seed, out, lse)
+        ctx.kernels, ctx.key = kernels, key
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, *variables = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
+        call = with_key(AttentionCall(*tensors, *ctx.options), ctx.key)
         deterministic = torch.are_deterministic_algorithms_enabled()
         # A gradient expanded from one number has no contiguous dimension.
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-        grads = ctx.kernels.attention_bwd(dout, q, k, v, out, lse, *variables, *ctx.options, deterministic)
-        return None, *first_order_only("attention", grads, (dout, q, k, v)), None, None, None, None, None, None
+        grads = ctx.kernels.attention_bwd(call, dout, out, lse, deterministic)
+        grads = first_order_only("attention", grads, (dout, *tensors[:3]))
+        return None, None, *grads, None, None, None, None, None, None, None
 
 
-def padded_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+def padded_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(..., D) -> (..., at least SMALLEST_HEAD), the last dimension contiguous"""
-    dense = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    missing = SMALLEST_HEAD - dense[0].shape[-1]
-    return dense if missing <= 0 else tuple(F.pad(x, (0, missing)) for x in dense)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    missing = SMALLEST_HEAD - q.shape[-1]
+    if missing > 0:
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+    return q, k, v
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str] = ("k", "v")) -> None:

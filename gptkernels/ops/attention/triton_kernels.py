@@ -11,6 +11,7 @@ from ...triton_calls import Launch, of_tensor
 from ...tuning import choices
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
+from .record import AttentionCall
 from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from .triton_fwd_kernel import attention_fwd_kernel
 from .triton_launch import head_parts, launch_row
@@ -22,10 +23,10 @@ SECTION_BYTES = 16 << 20
 MAX_FLOAT32_HEAD_SIZE = 128
 
 
-def unsupported(q: Tensor, *_) -> str | None:
-    if q.element_size() == 4 and q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
-        return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {q.shape[-1]}"
-    return hardware.triton_unsupported(q.device)
+def unsupported(call: AttentionCall) -> str | None:
+    if call.q.element_size() == 4 and call.q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
+        return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {call.q.shape[-1]}"
+    return hardware.triton_unsupported(call.q.device)
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:
@@ -35,25 +36,26 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return 0, x.stride(1), x.stride(0)
 
 
-def pointers(q: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """With q in place of those that are absent: kernels do not read them"""
-    return tuple(q if x is None else x for x in tensors)
+def variables(call: AttentionCall) -> tuple[Tensor, ...]:
+    """What not every call has: with q in place of those that are absent, which kernels do not read"""
+    return tuple(call.q if x is None else x for x in (call.key_start, call.cu_seqlens, call.seed))
 
 
-def shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout):
+def shared_arguments(call: AttentionCall):
     """What all kernels take. -> sizes, flags"""
-    packed = cu_seqlens is not None
+    q, k, packed = call.q, call.k, call.cu_seqlens is not None
     rows, keys = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
-    documents = cu_seqlens.shape[0] - 1 if packed else 0
-    window = None if window is None else min(window, rows + keys)
+    documents = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    window = None if call.window is None else min(call.window, rows + keys)
     d1, d2 = head_parts(q.shape[-1], q.element_size())
-    sizes = (rows, keys, documents, window or 0, scale * LOG2E, threshold(dropout), 1 / (1 - dropout))
+    dropped = threshold(call.dropout), 1 / (1 - call.dropout)
+    sizes = (rows, keys, documents, window or 0, call.scale * LOG2E, *dropped)
     flags = {
-        "CAUSAL": causal,
+        "CAUSAL": call.causal,
         "WINDOWED": window is not None,
-        "HAS_KEY_START": key_start is not None,
+        "HAS_KEY_START": call.key_start is not None,
         "PACKED": packed,
-        "HAS_DROPOUT": dropout > 0,
+        "HAS_DROPOUT": call.dropout > 0,
         "D": q.shape[-1],
         "D1": d1,
         "D2": d2,
@@ -105,48 +107,37 @@ def bytes_of_head(k: Tensor) -> int:
     return 2 * k.shape[-1] * k.shape[2 if k.dim() == 4 else 0] * k.element_size()
 
 
-def measured_row(kernel: str, q, k, v, cu_seqlens, window, may_use_tma: bool) -> dict:
+def measured_row(kernel: str, call: AttentionCall, may_use_tma: bool) -> dict:
     """Of the launch table, or what was measured for calls like this one where that does not use TMA in vain"""
+    q = call.q
     row = launch_row(kernel, hardware.arch(q.device), q.element_size(), q.shape[-1], may_use_tma)
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "STAGES")
     usual = tuple(row[name] for name in names)
-    arguments = (q, k, v, None, cu_seqlens, True, window)
     setting = f"attention_{kernel}" + "_tma" * row["TMA"]
-    return row | dict(zip(names, choices.setting(setting, "attention", arguments, usual), strict=True))
+    return row | dict(zip(names, choices.setting(setting, "attention", call, usual), strict=True))
 
 
 @torch_op(fake=fwd_outputs)
-def attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), key_start: (B,) or packed q: (T, H, D), k, v: (T, Hkv, D),
-    cu_seqlens: (N + 1,); seed: (1,) -> out: as q, lse: (B, H, Tq) or (H, T)"""
-    out, lse = fwd_outputs(q, k, v, key_start, cu_seqlens, seed, causal, window, scale, dropout)
+def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """-> out: as q, lse: (B, H, Tq) or (H, T)"""
+    out, lse = fwd_outputs(call)
+    q, k, v = call.q, call.k, call.v
     if q.numel() == 0:
         return out, lse
-    launch, k_parts, v_parts = fwd_launch(q, k, v, out, key_start, cu_seqlens, causal, window, scale, dropout)
-    variables = pointers(q, key_start, cu_seqlens, seed)
+    launch, k_parts, v_parts = fwd_launch(call, out=out)
     with hardware.on_device(q.device):
-        launch(q, k, v, described(k_parts, k), described(v_parts, v), out, lse, *variables)
+        launch(q, k, v, described(k_parts, k), described(v_parts, v), out, lse, *variables(call))
     return out, lse
 
 
 @remembered
-def fwd_launch(q, k, v, out, key_start, cu_seqlens, causal, window, scale, dropout):
+def fwd_launch(call: AttentionCall, out: Tensor):
     """-> the launch, and descriptors of k and v where it takes them"""
-    sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
-    row = measured_row("fwd", q, k, v, cu_seqlens, window, addressable(k, v))
+    q, k, v = call.q, call.k, call.v
+    sizes, flags = shared_arguments(call)
+    row = measured_row("fwd", call, addressable(k, v))
     group = q.shape[1] // k.shape[1]
-    programs, grid = grid_arguments(q, cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
+    programs, grid = grid_arguments(q, call.cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
     scalars = (*strides(q), *strides(k), *strides(v), *strides(out), *grid, q.shape[1], group, *sizes)
     launch = Launch(attention_fwd_kernel, (programs,), scalars, **flags, **row)
     return launch, *(templates(descriptors(x, row, "BLOCK_N")) for x in (k, v))
@@ -154,64 +145,53 @@ def fwd_launch(q, k, v, out, key_start, cu_seqlens, causal, window, scale, dropo
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_start: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    dropout: float,
-    deterministic: bool,
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dout, q, out: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), lse: (B, H, Tq), or packed as in attention_fwd
-    -> dq, dk, dv: as q, k, v. The same on every run, with `deterministic` or without."""
-    grads = dq, dk, dv = bwd_outputs(
-        dout, q, k, v, out, lse, key_start, cu_seqlens, seed, causal, window, scale, dropout, deterministic
-    )
+    """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v. The same on every run, with `deterministic`
+    or without."""
+    grads = dq, dk, dv = bwd_outputs(call, dout, out, lse, deterministic)
+    q, k, v = call.q, call.k, call.v
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()
         return grads
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = empty_like(lse)
-    like = dout, q, k, v, out, *grads, key_start, cu_seqlens, causal, window, scale, dropout
-    variables = pointers(q, key_start, cu_seqlens, seed)
+    of_q, k_parts, v_parts, of_keys, dout_parts, q_parts = bwd_launches(call, dout, out, grads=grads)
+    others = variables(call)
     with hardware.on_device(q.device):
-        launch, k_parts, v_parts = dq_launch(*like)
-        launch(dout, q, k, v, described(k_parts, k), described(v_parts, v), out, lse, delta, dq, *variables)
-        launch, dout_parts, q_parts = dkdv_launch(*like)
-        launch(dout, q, k, v, described(dout_parts, dout), described(q_parts, q), lse, delta, dk, dv, *variables)
+        of_q(dout, q, k, v, described(k_parts, k), described(v_parts, v), out, lse, delta, dq, *others)
+        of_keys(dout, q, k, v, described(dout_parts, dout), described(q_parts, q), lse, delta, dk, dv, *others)
     return grads
 
 
 @remembered
-def dq_launch(dout, q, k, v, out, dq, dk, dv, key_start, cu_seqlens, causal, window, scale, dropout):
+def bwd_launches(call: AttentionCall, dout: Tensor, out: Tensor, grads: tuple[Tensor, ...]):
+    return *dq_launch(call, dout, out, grads[0]), *dkdv_launch(call, dout, *grads[1:])
+
+
+def dq_launch(call: AttentionCall, dout: Tensor, out: Tensor, dq: Tensor):
     """-> the launch, and descriptors of k and v where it takes them"""
-    sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
+    q, k, v = call.q, call.k, call.v
+    sizes, flags = shared_arguments(call)
     # Padding and other documents' tokens may be anything, and TMA would bring them in.
-    may = key_start is None and cu_seqlens is None and addressable(k, v)
-    row = measured_row("dq", q, k, v, cu_seqlens, window, may)
+    may = call.key_start is None and call.cu_seqlens is None and addressable(k, v)
+    row = measured_row("dq", call, may)
     group = q.shape[1] // k.shape[1]
-    programs, grid = grid_arguments(q, cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
+    programs, grid = grid_arguments(q, call.cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
     steps = [step for x in (dout, q, k, v, out, dq) for step in strides(x)]
     launch = Launch(attention_bwd_dq_kernel, (programs,), (*steps, *grid, q.shape[1], group, *sizes), **flags, **row)
     return launch, *(templates(descriptors(x, row, "BLOCK_N")) for x in (k, v))
 
 
-@remembered
-def dkdv_launch(dout, q, k, v, out, dq, dk, dv, key_start, cu_seqlens, causal, window, scale, dropout):
+def dkdv_launch(call: AttentionCall, dout: Tensor, dk: Tensor, dv: Tensor):
     """-> the launch, and descriptors of dout and q where it takes them"""
-    sizes, flags = shared_arguments(q, k, key_start, cu_seqlens, causal, window, scale, dropout)
-    may = cu_seqlens is None and addressable(dout, q)
-    row = measured_row("dkdv", q, k, v, cu_seqlens, window, may)
+    q, k, v = call.q, call.k, call.v
+    sizes, flags = shared_arguments(call)
+    may = call.cu_seqlens is None and addressable(dout, q)
+    row = measured_row("dkdv", call, may)
     group = q.shape[1] // k.shape[1]
-    programs, grid = grid_arguments(k, cu_seqlens, row["BLOCK_N"], bytes_of_head(q) * group)
+    programs, grid = grid_arguments(k, call.cu_seqlens, row["BLOCK_N"], bytes_of_head(q) * group)
     steps = [step for x in (dout, q, k, v, dk, dv) for step in strides(x)]
     launch = Launch(attention_bwd_dkdv_kernel, (programs,), (*steps, *grid, k.shape[1], group, *sizes), **flags, **row)
     return launch, *(templates(descriptors(x, row, "BLOCK_M")) for x in (dout, q))

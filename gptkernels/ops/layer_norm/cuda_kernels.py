@@ -7,11 +7,13 @@ from ... import cuda_library, hardware
 from ...torch_library import torch_op
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
+from .record import NormCall
 
 MAX_COLUMNS = 65536
 
 
-def unsupported(x: Tensor, residual: Tensor | None, weight: Tensor, *_) -> str | None:
+def unsupported(call: NormCall) -> str | None:
+    x = call.x
     if x.shape[-1] > MAX_COLUMNS:
         return f"takes rows of up to {MAX_COLUMNS} elements, not {x.shape[-1]}"
     return cuda_library.unsupported(x.device)

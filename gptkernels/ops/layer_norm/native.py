@@ -48,7 +48,8 @@ def native_add_layer_norm(x=None, residual=None, weight=None, bias=None, *, eps=
     return run(x, residual, weight, bias, eps, dropout)
 
 
-def unsupported(x, residual, weight, bias, eps, dropout) -> str | None:
+def unsupported(call) -> str | None:
+    x, residual, weight, _, _, dropout = call.flat()
     if dropout:
         return "has no dropout of ours"
     if weight.dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):

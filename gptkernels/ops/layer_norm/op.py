@@ -9,6 +9,7 @@ from .. import checks
 from ..dropout import draw_seed
 from ..rows import as_rows, check_rows, shaped
 from . import cuda_kernels, eager, native, triton_kernels
+from .record import NormCall
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 
@@ -28,15 +29,18 @@ def layer_norm(
         check_rows("x", x)
         check_parameters(x, weight, bias, eps)
 
-    def arguments():
-        return as_rows(x), None, weight.contiguous(), None if bias is None else bias.contiguous(), float(eps), 0.0
+    def record():
+        return NormCall(
+            as_rows(x), None, weight.contiguous(), None if bias is None else bias.contiguous(), float(eps), 0.0
+        )
 
-    def run(kernels, rows, _, weight, bias, eps, dropout):
+    def run(kernels, call):
+        rows, _, weight, bias, eps, dropout = call.flat()
         if kernels is native:
             return shaped(native.run(rows, None, weight, bias, eps, dropout), x)
         return shaped(apply(LayerNormFunction, kernels, rows, weight, bias, eps), x)
 
-    return Call("layer_norm", BACKENDS, backend, check, arguments, run)
+    return Call("layer_norm", BACKENDS, backend, check, record, run)
 
 
 @op(native=native.native_add_layer_norm)
@@ -63,15 +67,16 @@ def add_layer_norm(
         check_parameters(x, weight, bias, eps)
         checks.check_number("dropout", dropout, at_least=0, below=1)
 
-    def arguments():
+    def record():
         parameters = weight.contiguous(), None if bias is None else bias.contiguous()
-        return as_rows(x), as_rows(residual), *parameters, float(eps), float(dropout)
+        return NormCall(as_rows(x), as_rows(residual), *parameters, float(eps), float(dropout))
 
-    def run(kernels, *arguments):
+    def run(kernels, call):
+        arguments = call.flat()
         y, h = native.run(*arguments) if kernels is native else apply(AddLayerNormFunction, kernels, *arguments)
         return shaped(y, x), shaped(h, x)
 
-    return Call("add_layer_norm", BACKENDS, backend, check, arguments, run)
+    return Call("add_layer_norm", BACKENDS, backend, check, record, run)
 
 
 def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:

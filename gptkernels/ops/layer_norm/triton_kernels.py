@@ -13,6 +13,7 @@ from ...tuning import choices
 from ..dropout import threshold
 from ..triton_dropout import kept
 from .outputs import bwd_outputs, fwd_outputs
+from .record import NormCall
 
 
 @triton.jit
@@ -303,7 +304,7 @@ MAX_COLUMNS = 65536
 def launch_row(table: dict, columns: int, setting: str, op: str, x: Tensor) -> dict:
     """x: (M, N)"""
     usual = next(row for longest, row in table.items() if columns <= longest)
-    rows, block, warps = choices.setting(setting, op, (x,), usual)
+    rows, block, warps = choices.setting(setting, op, NormCall(x, None, x, None, 1.0, 0.0), usual)
     whole_row = block == 0
     return {
         "ROWS": rows,
@@ -313,7 +314,8 @@ def launch_row(table: dict, columns: int, setting: str, op: str, x: Tensor) -> d
     }
 
 
-def unsupported(x: Tensor, *_) -> str | None:
+def unsupported(call: NormCall) -> str | None:
+    x = call.x
     if x.shape[-1] > MAX_COLUMNS:
         return f"takes rows of up to {MAX_COLUMNS} elements, not {x.shape[-1]}"
     return hardware.triton_unsupported(x.device)

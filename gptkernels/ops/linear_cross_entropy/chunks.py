@@ -10,6 +10,7 @@ from ...remembered import remembered
 from ...torch_library import torch_op
 from ...tuning import choices
 from ..products import add_product
+from .record import LossCall
 
 # A chunk's logits are this share of the whole: at most 1/16 with room for a second buffer of the same size.
 CHUNKS = 32
@@ -31,57 +32,44 @@ def chunk_rows(rows: int, fewest: int = MIN_ROWS) -> int:
 
 
 @remembered
-def fewest_rows(x: Tensor, weight: Tensor) -> int:
-    return choices.setting("loss_rows", "linear_cross_entropy", (x, weight), MIN_ROWS)
+def fewest_rows(call: LossCall) -> int:
+    return choices.setting("loss_rows", "linear_cross_entropy", call, MIN_ROWS)
 
 
-def fwd_outputs(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: str,
-    needs_x: bool,
-    needs_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x: (M, d), weight: (V, d), targets: (M,) -> loss: () or (M,), lse: (M,) float32, gradients of x and weight
-    (float32) for a gradient of 1 of the loss; with reduction="none", which has a gradient for each row, none yet"""
-    now = reduction != "none"
-    rows = x.shape[0]
-    loss = torch.empty(() if now else (rows,), dtype=torch.float32, device=x.device)
-    lse = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    grad_x = torch.empty(x.shape if now and needs_x else (0,), dtype=x.dtype, device=x.device)
-    grad_weight = torch.empty(weight.shape if now and needs_weight else (0,), dtype=torch.float32, device=x.device)
-    return loss, lse, grad_x, grad_weight
+def fwd_outputs(call: LossCall, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss: () or (M,), lse: (M,) float32, gradients of x and weight (float32) for a gradient of 1 of the loss; with
+    reduction="none", which has a gradient for each row, none yet"""
+    x, now = call.x, call.reduction != "none"
+    loss = torch.empty(() if now else x.shape[:1], dtype=torch.float32, device=x.device)
+    lse = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
+    return loss, lse, *empty_grads(call, now and needs_x, now and needs_weight)
+
+
+def empty_grads(call: LossCall, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+    x, weight = call.x, call.weight
+    grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
+    return grad_x, torch.empty(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
 
 
 def bwd_outputs(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    needs_x: bool,
-    needs_weight: bool,
-    float_weight_grad: bool,
+    call: LossCall, dloss: Tensor, lse: Tensor, needs_x: bool, needs_weight: bool, float_weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d)"""
-    grad_x, grad_weight = fwd_outputs(x, weight, targets, ignore_index, "sum", needs_x, needs_weight)[2:]
-    return grad_x, grad_weight if float_weight_grad else grad_weight.to(weight.dtype)
+    grad_x, grad_weight = empty_grads(call, needs_x, needs_weight)
+    return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype)
 
 
 def over_chunks(
-    chunk_loss: ChunkLoss, x, weight, targets, scale, ignore_index, needs_x, needs_weight
+    chunk_loss: ChunkLoss, call: LossCall, scale: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> losses, lse: (M,) float32, gradients of sum(losses * scale) of x: (M, d) and, in float32,
     weight: (V, d)"""
+    x, weight, targets = call.x, call.weight, call.targets
     losses, lse = (torch.empty((x.shape[0],), dtype=torch.float32, device=x.device) for _ in range(2))
-    grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    weight_sum = torch.empty(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
+    grad_x, weight_sum = empty_grads(call, needs_x, needs_weight)
     if not x.shape[0]:
         weight_sum.zero_()
-    step = chunk_rows(x.shape[0], fewest_rows(x, weight))
+    step = chunk_rows(x.shape[0], fewest_rows(call))
     # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
     padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
     buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)
@@ -93,7 +81,8 @@ def over_chunks(
         rows = slice(start, min(start + step, x.shape[0]))
         logits = torch.mm(x[rows], weight.mT, out=buffer[: rows.stop - start])
         row_scale = scale if scale.ndim == 0 else scale[rows]
-        chunk_loss(logits, targets[rows], losses[rows], lse[rows], row_scale, ignore_index, needs_x or needs_weight)
+        with_grad = needs_x or needs_weight
+        chunk_loss(logits, targets[rows], losses[rows], lse[rows], row_scale, call.ignore_index, with_grad)
         if needs_x:
             torch.mm(logits, weight, out=grad_x[rows])
         if needs_weight:
@@ -114,45 +103,27 @@ def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
     """-> a backend's linear_cross_entropy_fwd and linear_cross_entropy_bwd. module: its __name__"""
 
     def linear_cross_entropy_fwd(
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        reduction: str,
-        needs_x: bool,
-        needs_weight: bool,
+        call: LossCall, needs_x: bool, needs_weight: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x: (M, d), weight: (V, d), targets: (M,) -> loss, lse: (M,), gradients of x and weight"""
-        if targets.is_cpu or os.environ.get("GPTKERNELS_CHECKED") == "1":
-            check_range(targets, weight.shape[0], ignore_index)
-        scale = torch.ones((), device=x.device)
-        if reduction == "mean":
-            scale = scale / (targets != ignore_index).sum()
-        if reduction == "none":
+        """-> loss, lse: (M,), gradients of x and weight"""
+        if call.targets.is_cpu or os.environ.get("GPTKERNELS_CHECKED") == "1":
+            check_range(call.targets, call.weight.shape[0], call.ignore_index)
+        scale = torch.ones((), device=call.x.device)
+        if call.reduction == "mean":
+            scale = scale / (call.targets != call.ignore_index).sum()
+        if call.reduction == "none":
             needs_x = needs_weight = False
-        losses, lse, grad_x, grad_weight = over_chunks(
-            chunk_loss, x, weight, targets, scale, ignore_index, needs_x, needs_weight
-        )
-        if reduction != "none":
+        losses, lse, grad_x, grad_weight = over_chunks(chunk_loss, call, scale, needs_x, needs_weight)
+        if call.reduction != "none":
             losses = losses.sum() * scale
         return losses, lse, grad_x, grad_weight
 
     def linear_cross_entropy_bwd(
-        dloss: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        ignore_index: int,
-        needs_x: bool,
-        needs_weight: bool,
-        float_weight_grad: bool,
+        call: LossCall, dloss: Tensor, lse: Tensor, needs_x: bool, needs_weight: bool, float_weight_grad: bool
     ) -> tuple[Tensor, Tensor]:
         """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d); the logits are computed again"""
-        _, _, grad_x, grad_weight = over_chunks(
-            chunk_loss, x, weight, targets, dloss, ignore_index, needs_x, needs_weight
-        )
-        return grad_x, grad_weight if float_weight_grad else grad_weight.to(weight.dtype)
+        _, _, grad_x, grad_weight = over_chunks(chunk_loss, call, dloss, needs_x, needs_weight)
+        return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype)
 
     # torch_op names the backend's ops after its module.
     for launcher in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):

@@ -1,24 +1,24 @@
 """The chunked loss with one CUDA C++ kernel over a chunk's rows (csrc/cross_entropy); the products are cuBLAS's."""
 
-from torch import Tensor
-
 from ... import cuda_library
+from ...remembered import remembered
 from . import chunks
+from .record import LossCall
 
 
-def unsupported(x: Tensor, *_) -> str | None:
-    return cuda_library.unsupported(x.device)
+def unsupported(call: LossCall) -> str | None:
+    return cuda_library.unsupported(call.x.device)
 
 
 def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:
     """See chunks.ChunkLoss."""
+    row_launch(logits, scale, ignore_index, with_grad)(logits, targets, losses, lse, scale)
+
+
+@remembered
+def row_launch(logits, scale, ignore_index, with_grad) -> cuda_library.Launch:
     rows, vocabulary = logits.shape
-    fields = {
-        "logits": logits,
-        "targets": targets,
-        "losses": losses,
-        "lse": lse,
-        "scale": scale,
+    numbers = {
         "rows": rows,
         "stride": logits.stride(0),
         "scale_stride": 0 if scale.ndim == 0 else scale.stride(0),
@@ -27,7 +27,8 @@ def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> 
         "dtype": cuda_library.DTYPE[logits.dtype],
         "with_grad": with_grad,
     }
-    cuda_library.launch("cross_entropy", logits.device, fields)
+    tensors = ("logits", "targets", "losses", "lse", "scale")
+    return cuda_library.Launch("cross_entropy", logits.device, tensors, numbers)
 
 
 linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.launchers(chunk_loss, __name__)

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Call, op
+from ...records import with_key
 from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast_dtype
 from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, triton_kernels
+from .record import LossCall
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager}
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,51 +44,50 @@ def linear_cross_entropy(
         if not -(2**63) <= ignore_index < 2**63:
             raise ValueError(f"ignore_index must fit targets' int64, not {ignore_index}")
 
-    def arguments():
+    def record():
         operands = as_rows(x), weight.contiguous(), targets.reshape(-1).contiguous()
-        return *operands, ignore_index, reduction, autocast_dtype(x.device) or x.dtype
+        return LossCall(*operands, ignore_index, reduction, autocast_dtype(x.device) or x.dtype)
 
-    def run(kernels, *arguments):
-        loss = apply(LinearCrossEntropyFunction, kernels, *arguments)
+    def run(kernels, call):
+        loss = apply(LinearCrossEntropyFunction, kernels, call.key, *call.flat())
         return loss.view(targets.shape) if reduction == "none" else loss
 
-    return Call("linear_cross_entropy", BACKENDS, backend, check, arguments, run)
+    return Call("linear_cross_entropy", BACKENDS, backend, check, record, run)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, weight, targets, ignore_index, reduction, dtype):
-        needs = ctx.needs_input_grad[1:3]
-        operands = x.to(dtype), weight.to(dtype), targets
+    def forward(ctx, kernels, key, x, weight, targets, *options):
+        call = computed(key, x, weight, targets, *options)
+        needs = ctx.needs_input_grad[2:4]
         # In float32 until backward has scaled it: rounding it before and after would be twice the error.
-        loss, lse, grad_x, grad_weight = kernels.linear_cross_entropy_fwd(*operands, ignore_index, reduction, *needs)
-        later = (targets, lse) if reduction == "none" else (grad_x.to(x.dtype), grad_weight)
-        ctx.save_for_backward(x, weight, *later)
-        ctx.kernels, ctx.options = kernels, (ignore_index, *needs, weight.dtype == torch.float32)
-        ctx.reduction, ctx.dtype = reduction, dtype
+        loss, lse, grad_x, grad_weight = kernels.linear_cross_entropy_fwd(call, *needs)
+        later = (lse,) if call.reduction == "none" else (grad_x.to(x.dtype), grad_weight)
+        ctx.save_for_backward(x, weight, targets, *later)
+        ctx.kernels, ctx.key, ctx.options = kernels, key, options
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        x, weight, *later = ctx.saved_tensors
-        if ctx.reduction == "none":
-            targets, lse = later
-            operands = x.to(ctx.dtype), weight.to(ctx.dtype), targets, lse
-            dloss = dloss.contiguous()
-            grad_x, grad_weight = ctx.kernels.linear_cross_entropy_bwd(dloss, *operands, *ctx.options)
+        x, weight, targets, *later = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:4]
+        call = computed(ctx.key, x, weight, targets, *ctx.options)
+        if call.reduction == "none":
+            dloss, (lse,) = dloss.contiguous(), later
+            grad_x, grad_weight = ctx.kernels.linear_cross_entropy_bwd(
+                call, dloss, lse, *needs, weight.dtype == torch.float32
+            )
             found = grad_x.to(x.dtype), grad_weight
         else:
             scaled = later if is_one(dloss) else [grad * dloss for grad in later]
             found = tuple(grad.to(source.dtype) for grad, source in zip(scaled, (x, weight), strict=True))
-        grads = tuple(grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad[1:3], strict=True))
-        return (
-            None,
-            *first_order_only("linear_cross_entropy", grads, (dloss, x, weight)),
-            None,
-            None,
-            None,
-            None,
-        )
+        grads = tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
+        return None, None, *first_order_only("linear_cross_entropy", grads, (dloss, x, weight)), None, None, None, None
+
+
+def computed(key, x, weight, targets, ignore_index, reduction, dtype) -> LossCall:
+    """As the kernels get it"""
+    return with_key(LossCall(x.to(dtype), weight.to(dtype), targets, ignore_index, reduction, dtype), key)
 
 
 def is_one(dloss: Tensor) -> bool:

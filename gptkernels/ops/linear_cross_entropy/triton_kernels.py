@@ -2,12 +2,12 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ... import hardware
 from ...remembered import remembered
 from ...triton_calls import Launch
 from . import chunks
+from .record import LossCall
 
 
 @triton.jit
@@ -65,8 +65,8 @@ def cross_entropy_kernel(
 LAUNCH = {1024: (1024, 4), 8192: (2048, 8), 2**31: (4096, 16)}
 
 
-def unsupported(x: Tensor, *_) -> str | None:
-    return hardware.triton_unsupported(x.device)
+def unsupported(call: LossCall) -> str | None:
+    return hardware.triton_unsupported(call.x.device)
 
 
 def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:

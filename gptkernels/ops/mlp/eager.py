@@ -7,6 +7,7 @@ from torch import Tensor
 from ...torch_library import torch_op
 from ..products import add_product
 from .outputs import bwd_outputs, fwd_outputs, is_transposed
+from .record import MlpCall
 
 FORWARD = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -35,96 +36,81 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch_op(fake=fwd_outputs)
-def mlp_fwd(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    save: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (M, d), fc_weight: (hidden, d), proj_weight: (d_out, hidden) -> out: (M, d_out), preact, act: (M, hidden)"""
-    preact = linear(x, fc_weight, fc_bias)
-    act = FORWARD[activation](preact)
-    out = linear(act, proj_weight, proj_bias)
-    if residual is not None:
-        out += residual
-    none = x.new_empty(0)
-    return out, none if save == "input" else preact, act if save == "all" else none
+def mlp_fwd(call: MlpCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> out: (M, d_out), preact, act: (M, hidden)"""
+    preact = linear(call.x, call.fc_weight, call.fc_bias)
+    act = FORWARD[call.activation](preact)
+    out = linear(act, call.proj_weight, call.proj_bias)
+    if call.residual is not None:
+        out += call.residual
+    return out, None if call.save == "input" else preact, act if call.save == "all" else None
 
 
 @torch_op(fake=bwd_outputs, mutates=("fc_sum", "proj_sum"))
 def mlp_bwd(
+    call: MlpCall,
     dout: Tensor,
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    preact: Tensor,
-    act: Tensor,
-    activation: str,
-    save: str,
+    preact: Tensor | None,
+    act: Tensor | None,
     needs: list[bool],
     fc_sum: Tensor | None,
     proj_sum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the
-    weights are added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dout: (M, d_out), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the weights are
+    added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
     needs_x, needs_fc_weight, needs_fc_bias, needs_proj_weight, needs_proj_bias = needs
-    none = x.new_empty(0)
-    if save == "input":
-        preact = linear(x, fc_weight, fc_bias)
-    grad_proj_weight = none
+    preact = preact_of(call, preact)
+    grad_proj_weight = None
     if needs_proj_weight:
-        grad_proj_weight = weight_grad(
-            dout, act if save == "all" else FORWARD[activation](preact), proj_weight, proj_sum
-        )
-    grad_proj_bias = column_sum(dout) if needs_proj_bias else none
+        hidden = FORWARD[call.activation](preact) if act is None or call.save != "all" else act
+        grad_proj_weight = weight_grad(dout, hidden, call.proj_weight, proj_sum)
+        del hidden
+    grad_proj_bias = column_sum(dout) if needs_proj_bias else None
     if not (needs_x or needs_fc_weight or needs_fc_bias):
-        return none, none, none, grad_proj_weight, grad_proj_bias
-    grad_preact = BACKWARD[activation](dout @ proj_weight, preact)
+        return None, None, None, grad_proj_weight, grad_proj_bias
+    grad_preact = BACKWARD[call.activation](dout @ call.proj_weight, preact)
     # Freed here where it was only made again: with save="input", before there are more gradients.
     del preact
     return (
-        grad_preact @ fc_weight if needs_x else none,
-        weight_grad(grad_preact, x, fc_weight, fc_sum) if needs_fc_weight else none,
-        column_sum(grad_preact) if needs_fc_bias else none,
+        grad_preact @ call.fc_weight if needs_x else None,
+        weight_grad(grad_preact, call.x, call.fc_weight, fc_sum) if needs_fc_weight else None,
+        column_sum(grad_preact) if needs_fc_bias else None,
         grad_proj_weight,
         grad_proj_bias,
     )
 
 
+def preact_of(call: MlpCall, kept: Tensor | None) -> Tensor:
+    """-> (M, hidden), made again where it was not kept"""
+    return linear(call.x, call.fc_weight, call.fc_bias) if kept is None or call.save == "input" else kept
+
+
 def other_grads(
+    call: MlpCall,
     dout: Tensor,
-    x: Tensor,
-    fc_weight: Tensor,
-    proj_weight: Tensor,
-    act: Tensor,
+    act: Tensor | None,
     grad_preact: Tensor,
     partials: Tensor | None,
     needs: list[bool],
     fc_sum: Tensor | None,
     proj_sum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """mlp_bwd's results, where kernels have made grad_preact: (M, hidden) and its column sums in parts: (P, hidden)"""
     needs_x, needs_fc_weight, _, needs_proj_weight, needs_proj_bias = needs
-    none = torch.empty((0,), dtype=x.dtype, device=x.device)
     return (
-        grad_preact @ fc_weight if needs_x else none,
-        weight_grad(grad_preact, x, fc_weight, fc_sum) if needs_fc_weight else none,
-        none if partials is None else partials.sum(0).to(x.dtype),
-        weight_grad(dout, act, proj_weight, proj_sum) if needs_proj_weight else none,
-        column_sum(dout) if needs_proj_bias else none,
+        grad_preact @ call.fc_weight if needs_x else None,
+        weight_grad(grad_preact, call.x, call.fc_weight, fc_sum) if needs_fc_weight else None,
+        None if partials is None else partials.sum(0).to(dout.dtype),
+        weight_grad(dout, act, call.proj_weight, proj_sum) if needs_proj_weight and act is not None else None,
+        column_sum(dout) if needs_proj_bias else None,
     )
 
 
-def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor:
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, total: Tensor | None) -> Tensor | None:
     """grad: (M, N), x: (M, K) -> grad.mT @ x: (N, K), in memory as the weight is; or added to total: (N, K)"""
     if total is not None:
         add_product(total, grad.mT, x)
-        return x.new_empty(0)
+        return None
     return (x.mT @ grad).mT if is_transposed(weight) else grad.mT @ x
 
 

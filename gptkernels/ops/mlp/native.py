@@ -9,6 +9,7 @@ from ..checks import DTYPES
 from ..native import is_plain
 from ..products import SUM
 from .eager import FORWARD
+from .record import MlpCall
 
 # Not relu2, which squares in place what autograd would want to keep.
 ACTIVATIONS = {name: FORWARD[name] for name in ("gelu_tanh", "gelu", "relu", "silu")}
@@ -41,19 +42,20 @@ def native_mlp(
         or torch._C._is_any_autocast_enabled()
     ):
         return NotImplemented
-    return run(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
+    return run(MlpCall(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save))
 
 
-def unsupported(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save) -> str | None:
-    if activation not in ACTIVATIONS:
-        return f"has no {activation}"
-    return None if save == "all" else f"keeps the hidden layer twice, which save={save!r} does not ask for"
+def unsupported(call: MlpCall) -> str | None:
+    if call.activation not in ACTIVATIONS:
+        return f"has no {call.activation}"
+    return None if call.save == "all" else f"keeps the hidden layer twice, which save={call.save!r} does not ask for"
 
 
-def run(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save) -> Tensor:
-    """Takes what the op's backends take, and has PyTorch's own autograd"""
-    out = F.linear(ACTIVATIONS[activation](F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
-    return out if residual is None else out + residual
+def run(call: MlpCall) -> Tensor:
+    """With PyTorch's own autograd. x may have any number of dimensions here."""
+    hidden = ACTIVATIONS[call.activation](F.linear(call.x, call.fc_weight, call.fc_bias))
+    out = F.linear(hidden, call.proj_weight, call.proj_bias)
+    return out if call.residual is None else out + call.residual
 
 
 def is_linear(dtype: torch.dtype, weight, bias) -> bool:

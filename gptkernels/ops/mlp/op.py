@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Call, UnsupportedError, op
+from ...records import with_key
 from ...torch_library import apply, first_order_only
 from .. import checks
 from ..autocast import autocast
@@ -11,6 +12,7 @@ from ..products import SUM
 from ..rows import as_rows, check_rows
 from . import cuda_kernels, eager, native, triton_kernels
 from .outputs import is_transposed
+from .record import MlpCall
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 ACTIVATIONS = tuple(eager.FORWARD)
@@ -53,43 +55,43 @@ def mlp(
         checks.check_choice("activation", activation, ACTIVATIONS)
         checks.check_choice("save", save, SAVE)
 
-    def arguments():
+    def record():
         rows = None if residual is None else as_rows(residual)
         fc, proj = (w if is_transposed(w) else w.contiguous() for w in (fc_weight, proj_weight))
         fc_row, proj_row = (None if bias is None else bias.contiguous() for bias in (fc_bias, proj_bias))
-        return as_rows(x), fc, fc_row, proj, proj_row, rows, activation, save
+        return MlpCall(as_rows(x), fc, fc_row, proj, proj_row, rows, activation, save)
 
-    def run(kernels, *arguments):
+    def run(kernels, call):
         sums = sum_of("fc_weight", weights[0]), sum_of("proj_weight", weights[1])
         if kernels is native and sums == (None, None):
-            out = native.run(*arguments)
+            out = native.run(call)
         else:  # PyTorch's own ops add to no sum
-            out = apply(MlpFunction, eager if kernels is native else kernels, *arguments, sums)
+            out = apply(MlpFunction, eager if kernels is native else kernels, call.key, sums, *call.flat())
         return out if x.ndim == 2 else out.view(*x.shape[:-1], proj_weight.shape[0])
 
-    return Call("mlp", BACKENDS, backend, check, arguments, run)
+    return Call("mlp", BACKENDS, backend, check, record, run)
 
 
 class MlpFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save, sums):
-        out, preact, act = kernels.mlp_fwd(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
-        ctx.save_for_backward(x, fc_weight, fc_bias, proj_weight, preact, act)
-        ctx.kernels, ctx.options, ctx.sums = kernels, (activation, save), sums
+    def forward(ctx, kernels, key, sums, *values):
+        call = with_key(MlpCall(*values), key)
+        out, preact, act = kernels.mlp_fwd(call)
+        ctx.save_for_backward(call.x, call.fc_weight, call.fc_bias, call.proj_weight, preact, act)
+        ctx.kernels, ctx.key, ctx.options, ctx.sums = kernels, key, (call.activation, call.save), sums
         return out
 
     @staticmethod
     def backward(ctx, dout):
         x, fc_weight, fc_bias, proj_weight, preact, act = ctx.saved_tensors
-        dout, needs = as_rows(dout), list(ctx.needs_input_grad[1:6])
-        grads = ctx.kernels.mlp_bwd(
-            dout, x, fc_weight, fc_bias, proj_weight, preact, act, *ctx.options, needs, *ctx.sums
-        )
+        call = with_key(MlpCall(x, fc_weight, fc_bias, proj_weight, None, None, *ctx.options), ctx.key)
+        dout, needs = as_rows(dout), list(ctx.needs_input_grad[3:8])
+        grads = ctx.kernels.mlp_bwd(call, dout, preact, act, needs, *ctx.sums)
         added = (False, ctx.sums[0] is not None, False, ctx.sums[1] is not None, False)
         grads = [g if needed and not has else None for g, needed, has in zip(grads, needs, added, strict=True)]
-        grads.append(dout if ctx.needs_input_grad[6] else None)
-        sources = (dout, x, fc_weight, fc_bias, proj_weight)
-        return None, *first_order_only("mlp", tuple(grads), sources), None, None, None
+        grads.append(dout if ctx.needs_input_grad[8] else None)
+        sources = dout, x, fc_weight, fc_bias, proj_weight
+        return None, None, None, *first_order_only("mlp", tuple(grads), sources), None, None
 
 
 def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:

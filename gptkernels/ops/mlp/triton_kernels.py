@@ -10,8 +10,9 @@ from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch, of_tensor
 from ...tuning import choices
-from .eager import linear, other_grads
-from .outputs import bwd_outputs, copies_cost_more, fwd_outputs
+from .eager import linear, other_grads, preact_of
+from .outputs import bwd_outputs, copies_cost_more, fwd_outputs, hidden_layer, zero_
+from .record import MlpCall
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
 
@@ -48,33 +49,28 @@ def nearest(table: dict, arch: int):
     return table[max((known for known in table if known <= arch), default=min(table))]
 
 
-def is_fused(x: Tensor, fc_weight: Tensor, proj_weight: Tensor) -> bool:
-    if copies_cost_more(x, fc_weight, proj_weight):
+def is_fused(call: MlpCall) -> bool:
+    if copies_cost_more(call):
         return False
-    (measured,) = fused_setting(x, fc_weight)
-    return x.shape[-1] <= nearest(FUSED_UP_TO, hardware.arch(x.device)) if measured is None else measured
+    measured = choices.setting("mlp_fused", "mlp", call, None)
+    return call.x.shape[-1] <= nearest(FUSED_UP_TO, hardware.arch(call.x.device)) if measured is None else measured
 
 
-@remembered
-def fused_setting(x: Tensor, fc_weight: Tensor) -> tuple[bool | None]:
-    return (choices.setting("mlp_fused", "mlp", (x, fc_weight), None),)
+def unsupported(call: MlpCall) -> str | None:
+    return hardware.triton_unsupported(call.x.device)
 
 
-def unsupported(x: Tensor, *_) -> str | None:
-    return hardware.triton_unsupported(x.device)
+def describe(call: MlpCall) -> str:
+    return "fused epilogues" if is_fused(call) else "cuBLAS and a fused pointwise pass"
 
 
-def describe(x: Tensor, fc_weight: Tensor, fc_bias, proj_weight: Tensor, *_) -> str:
-    return "fused epilogues" if is_fused(x, fc_weight, proj_weight) else "cuBLAS and a fused pointwise pass"
-
-
-def gemm_launch(table: dict, a: Tensor, setting: str, weight: Tensor) -> dict:
-    """a: (M, K), weight: (N, K)"""
+def gemm_launch(call: MlpCall, table: dict, a: Tensor, setting: str) -> dict:
+    """a: (M, K)"""
     if a.dtype == torch.float32:
         row = FLOAT_LAUNCH
     else:
         row = FEW_ROWS_LAUNCH if a.shape[0] <= FEW_ROWS else nearest(table, hardware.arch(a.device))
-    row = choices.setting(setting, "mlp", (a, weight), row)
+    row = choices.setting(setting, "mlp", call, row)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, row, strict=True)), "GROUP_M": GROUP_M}
 
@@ -107,91 +103,63 @@ def gemm_grid(launch: dict, M: int, N: int, device: torch.device) -> tuple[int]:
     return (min(hardware.sm_count(device), triton.cdiv(M, launch["BLOCK_M"]) * triton.cdiv(N, launch["BLOCK_N"])),)
 
 
-def fused_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str = "none",
-    residual: Tensor | None = None,
-    preact: Tensor | None = None,
-    out: Tensor,
-) -> None:
-    """out: (M, N) = activation(x @ weight.T + bias) + residual; preact: (M, N) = x @ weight.T + bias.
-    x: (M, K), weight: (N, K), bias: (N,), residual: (M, N)"""
-    launch, a, b = linear_launch(x, weight, bias, residual, preact, out, activation, precision(x.dtype))
-    with hardware.on_device(x.device):
-        launch(
-            operand(a, x),
-            operand(b, weight),
-            weight if bias is None else bias,
-            out if residual is None else residual,
-            out if preact is None else preact,
-            out,
-        )
+class Product:
+    """A launch whose first two operands are matrices, which it takes as TMA descriptors where it can."""
+
+    def __init__(self, launch: Launch, *templates: TensorDescriptor | None):
+        self.launch, self.templates = launch, templates
+
+    def __call__(self, a: Tensor, b: Tensor, *tensors: Tensor) -> None:
+        one, two = self.templates
+        with hardware.on_device(a.device):
+            self.launch(operand(one, a), operand(two, b), *tensors)
 
 
-@remembered
-def linear_launch(x, weight, bias, residual, preact, out, activation, precision):
-    """-> the launch, and descriptors of x and weight where it takes them"""
+def linear_launch(
+    call: MlpCall, x: Tensor, weight: Tensor, has_bias: bool, residual: Tensor | None, has_preact: bool, activation: str
+) -> Product:
+    """Takes x: (M, K), weight: (N, K), bias: (N,), residual, preact, out: (M, N) and makes
+    out = activation(x @ weight.T + bias) + residual, preact = x @ weight.T + bias"""
     (M, K), N = x.shape, weight.shape[0]
-    row, tma = gemm_launch(GEMM_LAUNCH, x, "mlp_fwd_tile", weight), takes_tma(x, weight)
+    row, tma = gemm_launch(call, GEMM_LAUNCH, x, "mlp_fwd_tile"), takes_tma(x, weight)
     launch = Launch(
         mlp_fwd_kernel,
         gemm_grid(row, M, N, x.device),
         (M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)),
         ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
         HAS_RESIDUAL=residual is not None,
-        HAS_PREACT=preact is not None,
+        HAS_PREACT=has_preact,
         TMA=tma,
-        PRECISION=precision,
+        PRECISION=precision(x.dtype),
         **row,
     )
     k = row["BLOCK_K"]
-    return launch, described(x, tma, row["BLOCK_M"], k), described(weight, tma, row["BLOCK_N"], k)
+    return Product(launch, described(x, tma, row["BLOCK_M"], k), described(weight, tma, row["BLOCK_N"], k))
 
 
-def fused_grad_preact(
-    dout: Tensor, proj_weight: Tensor, preact: Tensor, activation: str, act: Tensor | None, wants_partials: bool
-) -> tuple[Tensor, Tensor | None]:
-    """-> dout @ proj_weight * activation'(preact): (M, N), and its column sums in parts: (P, N). act: (M, N) is filled.
-    dout: (M, K), proj_weight: (K, N), preact: (M, N)"""
-    wants = activation, act is not None, wants_partials, precision(dout.dtype)
-    launch, a, b, parts = grad_preact_launch(dout, proj_weight, preact, *wants)
-    grad = torch.empty(preact.shape, dtype=dout.dtype, device=dout.device)
-    partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if wants_partials else None
-    with hardware.on_device(dout.device):
-        launch(
-            operand(a, dout),
-            operand(b, proj_weight),
-            preact,
-            grad if act is None else act,
-            grad,
-            grad if partials is None else partials,
-        )
-    return grad, partials
-
-
-@remembered
-def grad_preact_launch(dout, proj_weight, preact, activation, has_act, wants_partials, precision):
-    """-> the launch, descriptors of dout and proj_weight where it takes them, the shape of the partial sums"""
+def grad_preact_launch(
+    call: MlpCall, dout: Tensor, proj_weight: Tensor, has_act: bool, wants_partials: bool
+) -> tuple[Product, tuple[int, int]]:
+    """-> what takes dout: (M, K), proj_weight: (K, N), preact, act, grad: (M, N), partials: (P, N) and makes
+    grad = dout @ proj_weight * activation'(preact), its column sums in parts, and act = activation(preact); and the
+    shape of those parts"""
     (M, K), N = dout.shape, proj_weight.shape[1]
-    row, tma = gemm_launch(GEMM_BWD_LAUNCH, dout, "mlp_bwd_tile", proj_weight.mT), takes_tma(dout, proj_weight)
+    row, tma = gemm_launch(call, GEMM_BWD_LAUNCH, dout, "mlp_bwd_tile"), takes_tma(dout, proj_weight)
     launch = Launch(
         mlp_bwd_kernel,
         gemm_grid(row, M, N, dout.device),
         (M, N, K, dout.stride(0), proj_weight.stride(0)),
-        ACTIVATION=activation,
+        ACTIVATION=call.activation,
         HAS_ACT=has_act,
         HAS_PARTIALS=wants_partials,
         TMA=tma,
-        PRECISION=precision,
+        PRECISION=precision(dout.dtype),
         **row,
     )
     k = row["BLOCK_K"]
     templates = described(dout, tma, row["BLOCK_M"], k), described(proj_weight, tma, k, row["BLOCK_N"])
-    return launch, *templates, (triton.cdiv(M, row["BLOCK_M"]), N)
+    return Product(launch, *templates), (triton.cdiv(M, row["BLOCK_M"]), N)
 
 
 def pointwise_activation(preact: Tensor, activation: str, act: Tensor) -> None:
@@ -227,71 +195,88 @@ def pointwise_bwd_launch(grad, preact, activation, has_act, wants_partials):
 
 
 @torch_op(fake=fwd_outputs)
-def mlp_fwd(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    save: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x: (M, d), fc_weight: (hidden, d), proj_weight: (d_out, hidden) -> out: (M, d_out), preact, act: (M, hidden)"""
-    outputs = out, preact, act = fwd_outputs(x, fc_weight, fc_bias, proj_weight, proj_bias, residual, activation, save)
-    if x.shape[0] == 0:
-        return outputs
-    hidden = act if save == "all" else torch.empty((x.shape[0], fc_weight.shape[0]), dtype=x.dtype, device=x.device)
-    if is_fused(x, fc_weight, proj_weight):
-        kept = None if save == "input" else preact
-        fused_linear(x, fc_weight.contiguous(), fc_bias, activation=activation, preact=kept, out=hidden)
-        fused_linear(hidden, proj_weight.contiguous(), proj_bias, residual=residual, out=out)
-        return outputs
-    before = linear(x, fc_weight, fc_bias)
+def mlp_fwd(call: MlpCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """-> out: (M, d_out), preact, act: (M, hidden)"""
+    if call.x.shape[0] == 0:
+        return fwd_outputs(call)
+    products = fwd_products(call, precision(call.x.dtype))
+    if products:
+        fc, proj = products
+        out, preact, act = fwd_outputs(call)
+        hidden = hidden_layer(call) if act is None else act
+        fc_weight, proj_weight = call.fc_weight.contiguous(), call.proj_weight.contiguous()
+        fc(call.x, fc_weight, or_any(call.fc_bias, out), out, or_any(preact, out), hidden)
+        proj(hidden, proj_weight, or_any(call.proj_bias, out), or_any(call.residual, out), out, out)
+        return out, preact, act
+    before = linear(call.x, call.fc_weight, call.fc_bias)
     # Where the input of the activation is not kept, its output takes its place.
-    hidden = before if save == "input" else hidden
-    pointwise_activation(before, activation, hidden)
-    if residual is None:
-        out = linear(hidden, proj_weight, proj_bias)
+    hidden = before if call.save == "input" else torch.empty_like(before)
+    pointwise_activation(before, call.activation, hidden)
+    if call.residual is None:
+        out = linear(hidden, call.proj_weight, call.proj_bias)
     else:
-        start = residual if proj_bias is None else residual + proj_bias
-        out = torch.addmm(start, hidden, proj_weight.mT)
-    return out, preact if save == "input" else before, act
+        start = call.residual if call.proj_bias is None else call.residual + call.proj_bias
+        out = torch.addmm(start, hidden, call.proj_weight.mT)
+    return out, None if call.save == "input" else before, hidden if call.save == "all" else None
+
+
+def or_any(x: Tensor | None, other: Tensor) -> Tensor:
+    """Kernels do not read what is not there"""
+    return other if x is None else x
+
+
+@remembered
+def fwd_products(call: MlpCall, precision: str) -> tuple[Product, Product] | tuple[()]:
+    """Nothing where cuBLAS is faster"""
+    if not is_fused(call):
+        return ()
+    fc_weight, proj_weight, hidden = call.fc_weight.contiguous(), call.proj_weight.contiguous(), hidden_layer(call)
+    has_preact = call.save != "input"
+    return (
+        linear_launch(call, call.x, fc_weight, call.fc_bias is not None, None, has_preact, call.activation),
+        linear_launch(call, hidden, proj_weight, call.proj_bias is not None, call.residual, False, "none"),
+    )
 
 
 @torch_op(fake=bwd_outputs, mutates=("fc_sum", "proj_sum"))
 def mlp_bwd(
+    call: MlpCall,
     dout: Tensor,
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    preact: Tensor,
-    act: Tensor,
-    activation: str,
-    save: str,
+    preact: Tensor | None,
+    act: Tensor | None,
     needs: list[bool],
     fc_sum: Tensor | None,
     proj_sum: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dout: (M, d_out), x: (M, d), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the
-    weights are added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dout: (M, d_out), preact, act: (M, hidden) -> gradients of x, both of fc, both of proj; those of the weights are
+    added to fc_sum: (hidden, d) and proj_sum: (d_out, hidden) instead, where these are given"""
     needs_fc_bias, needs_proj_weight = needs[2:4]
-    if x.shape[0] == 0:
-        grads = bwd_outputs(
-            dout, x, fc_weight, fc_bias, proj_weight, preact, act, activation, save, needs, fc_sum, proj_sum
-        )
-        for grad in grads:
-            grad.zero_()
+    if call.x.shape[0] == 0:
+        grads = bwd_outputs(call, dout, preact, act, needs, fc_sum, proj_sum)
+        zero_(grads)
         return grads
-    if save == "input":
-        preact = linear(x, fc_weight, fc_bias)
+    preact = preact_of(call, preact)
     remade = None
-    if needs_proj_weight and save != "all":
+    if needs_proj_weight and call.save != "all":
         act = remade = torch.empty_like(preact)
-    if is_fused(x, fc_weight, proj_weight):
-        grad, partials = fused_grad_preact(dout, proj_weight.contiguous(), preact, activation, remade, needs_fc_bias)
+    product = bwd_product(call, dout, remade is not None, needs_fc_bias, precision(dout.dtype))
+    if product:
+        launch, parts = product
+        grad = torch.empty_like(preact)
+        partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if needs_fc_bias else None
+        weight = call.proj_weight.contiguous()
+        launch(dout, weight, preact, or_any(remade, grad), grad, or_any(partials, grad))
     else:
-        grad = dout @ proj_weight
-        partials = pointwise_grad_preact(grad, preact, activation, remade, needs_fc_bias)
-    return other_grads(dout, x, fc_weight, proj_weight, act, grad, partials, needs, fc_sum, proj_sum)
+        grad = dout @ call.proj_weight
+        partials = pointwise_grad_preact(grad, preact, call.activation, remade, needs_fc_bias)
+    return other_grads(call, dout, act, grad, partials, needs, fc_sum, proj_sum)
+
+
+@remembered
+def bwd_product(
+    call: MlpCall, dout: Tensor, has_act: bool, wants_partials: bool, precision: str
+) -> tuple[Product, tuple[int, int]] | tuple[()]:
+    """-> with the shape of the partial sums; nothing where cuBLAS is faster"""
+    if not is_fused(call):
+        return ()
+    return grad_preact_launch(call, dout, call.proj_weight.contiguous(), has_act, wants_partials)

@@ -7,6 +7,7 @@ from ....torch_library import torch_op
 from ...checks import check_cache_lengths
 from ..eager import block_fwd
 from ..outputs import decode_outputs
+from ..record import DecodeCall
 from ..visibility import visible_at
 
 
@@ -15,14 +16,13 @@ def unsupported(*_) -> str | None:
 
 
 @torch_op(fake=decode_outputs)
-def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
-) -> Tensor:
-    """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D)"""
-    out = decode_outputs(q, k_cache, v_cache, lengths, window, scale).zero_()
+def decode_attention_fwd(call: DecodeCall) -> Tensor:
+    """-> out: as q"""
+    q, k_cache, v_cache, window = call.q, call.k_cache, call.v_cache, call.window
+    out = decode_outputs(call).zero_()
     tokens, capacity = q.shape[2], k_cache.shape[2]
     # Looked at here too: under torch.compile the op could not.
-    for b, length in enumerate(check_cache_lengths(lengths, capacity, window)):
+    for b, length in enumerate(check_cache_lengths(call.lengths, capacity, window)):
         if not length:
             continue
         oldest = max(0, length - tokens)  # position of the first query that exists
@@ -38,6 +38,6 @@ def decode_attention_fwd(
         row, queries = slice(b, b + 1), slice(tokens - (length - oldest), tokens)
         seen = visible_at(position, key, True, window)
         out[row, :, queries] = block_fwd(
-            q[row, :, queries], k_cache[row, :, slots], v_cache[row, :, slots], seen, None, scale
+            q[row, :, queries], k_cache[row, :, slots], v_cache[row, :, slots], seen, None, call.scale
         )[0]
     return out

@@ -7,6 +7,7 @@ from ....dispatch import Call, op
 from ... import checks
 from ...autocast import autocast
 from ..op import check_heads, check_scale, check_window, padded_heads
+from ..record import DecodeCall
 from . import eager, triton_kernels
 
 BACKENDS = {"triton": triton_kernels, "eager": eager}
@@ -45,7 +46,7 @@ def decode_attention(
         check_scale(scale)
         check_cache(q, k_cache, lengths, window)
 
-    def arguments():
+    def record():
         check_values(lengths, k_cache, window)
         if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
             raise ValueError(
@@ -53,13 +54,13 @@ def decode_attention(
             )
         width = None if window is None or window > k_cache.shape[2] else window
         factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return *padded_heads(q, k_cache, v_cache), lengths, width, factor
+        return DecodeCall(*padded_heads(q, k_cache, v_cache), lengths, width, factor)
 
-    def run(kernels, *arguments):
-        out = kernels.decode_attention_fwd(*arguments)
+    def run(kernels, call):
+        out = kernels.decode_attention_fwd(call)
         return out if out.shape == q.shape else out[..., : q.shape[-1]]
 
-    return Call("decode_attention", BACKENDS, backend, check, arguments, run)
+    return Call("decode_attention", BACKENDS, backend, check, record, run)
 
 
 def check_cache(q: Tensor, k_cache: Tensor, lengths: Tensor, window: int | None) -> None:

@@ -11,6 +11,7 @@ from ....torch_library import torch_op
 from ....triton_calls import Launch
 from ....tuning import choices
 from ..outputs import decode_outputs
+from ..record import DecodeCall
 from ..triton_blocks import add_weighted, inner_products, zeros_head
 from ..triton_launch import head_parts
 
@@ -179,8 +180,8 @@ def decode_attention_combine_kernel(
     tl.store(out_ptr + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
 
 
-def unsupported(q: Tensor, *_) -> str | None:
-    return hardware.triton_unsupported(q.device)
+def unsupported(call: DecodeCall) -> str | None:
+    return hardware.triton_unsupported(call.q.device)
 
 
 # Keys a program takes at a time by bytes per element and padded head size: BLOCK_N, warps, stages.
@@ -193,35 +194,34 @@ MAX_SPLITS = 64
 
 
 @torch_op(fake=decode_outputs)
-def decode_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float
-) -> Tensor:
-    """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D)"""
-    out = decode_outputs(q, k_cache, v_cache, lengths, window, scale)
+def decode_attention_fwd(call: DecodeCall) -> Tensor:
+    """-> out: as q"""
+    q, k_cache, v_cache = call.q, call.k_cache, call.v_cache
+    out = decode_outputs(call)
     if k_cache.shape[2] == 0 or out.numel() == 0:
         return out.zero_()
-    fwd, combine, splits = launches(q, k_cache, v_cache, lengths, out, window, scale)
+    fwd, combine, splits = launches(call, out=out)
     if splits == 1:
         parts = lse = torch.empty((0,), dtype=torch.float32, device=q.device)
     else:
         parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         lse = torch.empty((splits, *q.shape[:3]), dtype=torch.float32, device=q.device)
     with hardware.on_device(q.device):
-        fwd(q, k_cache, v_cache, lengths, out, parts, lse)
+        fwd(q, k_cache, v_cache, call.lengths, out, parts, lse)
         if splits > 1:
             combine(parts, lse, out)
     return out
 
 
 @remembered
-def launches(q, k_cache, v_cache, lengths, out, window, scale) -> tuple[Launch, Launch, int]:
+def launches(call: DecodeCall, out: Tensor) -> tuple[Launch, Launch, int]:
     """-> of the splits of each row and of what combines them, the number of splits"""
+    q, k_cache, v_cache, window = call.q, call.k_cache, call.v_cache, call.window
     (batch, heads, tokens, head_size), (_, kv_heads, capacity, _) = q.shape, k_cache.shape
     group = heads // kv_heads
     d1, d2 = head_parts(head_size, q.element_size())
     usual = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
-    arguments = (q, k_cache, v_cache, lengths, window, scale)
-    block_n, warps, stages = choices.setting("decode_row", "decode_attention", arguments, usual)
+    block_n, warps, stages = choices.setting("decode_row", "decode_attention", call, usual)
     block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group)))
     row_tiles = triton.cdiv(group * tokens, block_m)
     # Lengths stay on the device: as many splits as the most keys there can be, and a full GPU, give work to.
@@ -233,7 +233,7 @@ def launches(q, k_cache, v_cache, lengths, out, window, scale) -> tuple[Launch, 
     fwd = Launch(
         decode_attention_fwd_kernel,
         (batch * kv_heads, splits, row_tiles),
-        (*strides, batch, heads, group, tokens, capacity, seen, scale * LOG2E),
+        (*strides, batch, heads, group, tokens, capacity, seen, call.scale * LOG2E),
         D=head_size,
         D1=d1,
         D2=d2,
