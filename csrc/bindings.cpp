@@ -32,7 +32,10 @@ class Fields {
         ++taken_;
         if constexpr (std::is_pointer_v<Value>) {
             const Py_ssize_t index = PySequence_Index(tensors_.ptr(), name);
-            if (index < 0) throw py::error_already_set();
+            if (index < 0) {
+                PyErr_Clear();
+                throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
+            }
             offsets_[index] = reinterpret_cast<char*>(&field) - params_;
         } else {
             const py::handle value = PyDict_GetItemWithError(numbers_.ptr(), name);

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pybind11
 
-from gptkernels import cuda_build, cuda_library
+from gptkernels import cuda_build, cuda_library, remembered
 
 BY_SIZE = """
 template <int HeadDim> using Size = std::integral_constant<int, HeadDim>;
@@ -133,4 +133,6 @@ def using(library: Path):
 
     ptxemu.cuda.load_runtime()  # before the library's own runtime can be
     with mock.patch.object(cuda_library, "_find", return_value=cuda_library.load_file(library)):
+        remembered.forget()  # launches are of the library that they were made for
         yield
+    remembered.forget()

@@ -1,5 +1,6 @@
 """CUDA C++ attention: against the float64 reference, under many schedules of the simulator or on a Hopper GPU."""
 
+import functools
 import random
 from unittest import mock
 
@@ -169,12 +170,14 @@ def test_query_heads_in_parts(hopper, head_dim, heads, kv_heads):
 def query_head_splits(heads, kv_heads, k_len, head_dim, sm_count):
     """In how many parts the query heads of a key head are worked on: as many shares of dk and dv has the workspace."""
     q, k = (torch.empty(1, h, k_len, head_dim, device="meta") for h in (heads, kv_heads))
-    fields = cuda_kernels.shape_fields(q, k, None, None, True, None, 1.0)
+    numbers = cuda_kernels.shape_numbers(AttentionCall(q, k, k))
     block = 64 if head_dim > 128 else 128
     padded = next(size for size in (64, 96, 128, 256) if head_dim <= size)
     # With one SM nothing is split.
-    bytes_of = cuda_library.load().attention_bwd_workspace_bytes
-    shares = bytes_of(fields, sm_count) - bytes_of(fields, 1)
+    bytes_of = functools.partial(
+        cuda_library.load().attention_bwd_workspace_bytes, cuda_kernels.VARIABLES, numbers, (None, None)
+    )
+    shares = bytes_of(sm_count) - bytes_of(1)
     return max(1, shares // (-(-k_len // block) * block * padded * kv_heads * 2 * 4))
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import gptkernels as gk
-from gptkernels import cli, cuda_build, files, simulator
+from gptkernels import cli, cuda_build, dispatch, files, simulator
 from gptkernels.bench.cases import Case
 from gptkernels.failures import UsageError
+from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.tuning import candidates, choices, classes, model_cases, store, tune
 from gptkernels.tuning.classes import CallClass
 from gptkernels.tuning.workers import Workers
@@ -114,16 +115,18 @@ def test_dry_run_lists_and_measures_nothing(cache, capsys):
 def test_what_was_measured_is_in_force():
     x = torch.randn(8, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
     assert gk.explain(gk.layer_norm, *x).backend == "eager"
-    keep(classes.of("layer_norm", (x[0],)), entry([("torch", 1.0), ("eager", 2.0)]))
+    with dispatch.recording() as calls:
+        gk.layer_norm(*x)
+    keep(classes.of(*calls[0]), entry([("torch", 1.0), ("eager", 2.0)]))
     assert gk.explain(gk.layer_norm, *x).backend == "torch"
     assert torch.equal(gk.layer_norm(*x), torch.layer_norm(x[0], (64,), x[1]))
     assert gk.explain(gk.layer_norm, *x, backend="eager").backend == "eager"
     keep(banded(), entry(eager_rows=48))
-    arguments = (*heads(), None, None, True, 24)
-    assert choices.setting("eager_rows", "attention", arguments, 0) == 48
-    assert choices.setting("other", "attention", arguments, (1, 2)) == (1, 2)
+    call = AttentionCall(*heads(), window=24)
+    assert choices.setting("eager_rows", "attention", call, 0) == 48
+    assert choices.setting("other", "attention", call, (1, 2)) == (1, 2)
     with choices.trying({"eager_rows": 7}):
-        assert choices.setting("eager_rows", "attention", arguments, 0) == 7
+        assert choices.setting("eager_rows", "attention", call, 0) == 7
 
 
 def test_the_nearest_class_counts():
@@ -168,13 +171,13 @@ def test_a_file_that_cannot_be_read_is_set_aside(damage):
     damaged = {"flipped": text.replace("48", "96"), "cut": text[:-20], "empty": "", "older": '{"version": 0}'}
     path.write_text(damaged[damage])
     choices.reload()
-    arguments = (*heads(), None, None, True, 24)
+    call = AttentionCall(*heads(), window=24)
     with pytest.warns(UserWarning, match="is not used, and becomes .*unreadable"):
-        assert choices.setting("eager_rows", "attention", arguments, 0) == 0
+        assert choices.setting("eager_rows", "attention", call, 0) == 0
     assert not path.exists()
     assert path.with_suffix(".unreadable").exists()
     keep(banded(), entry(eager_rows=32))
-    assert choices.setting("eager_rows", "attention", arguments, 0) == 32
+    assert choices.setting("eager_rows", "attention", call, 0) == 32
 
 
 def test_a_folder_that_others_may_write_to_is_not_used():
@@ -182,7 +185,7 @@ def test_a_folder_that_others_may_write_to_is_not_used():
     path.parent.chmod(0o777)
     choices.reload()
     with pytest.warns(UserWarning, match="writable by others"):
-        assert choices.order("attention", (*heads(), None, None, True, 24)) == []
+        assert choices.order("attention", AttentionCall(*heads(), window=24)) == []
 
 
 def test_other_kernels_and_devices_have_files_of_their_own():
