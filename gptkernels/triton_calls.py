@@ -1,12 +1,26 @@
 """Launches of Triton kernels for calls like one before: what Triton's JIT finds out about the arguments of each launch
 takes longer than a small kernel runs, and is the same for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+_compiled: list[CompiledKernel] | None = None
+
+
+@contextmanager
+def compiling() -> Iterator[list[CompiledKernel]]:
+    """Inside, kernels are compiled and not launched: what was compiled, in the order of the launches"""
+    global _compiled
+    before, _compiled = _compiled, []
+    try:
+        yield _compiled
+    finally:
+        _compiled = before
 
 
 class Launch:
@@ -20,6 +34,9 @@ class Launch:
         self._rest: tuple = ()
 
     def __call__(self, *tensors: Any) -> None:
+        if _compiled is not None:
+            _compiled.append(self.kernel.warmup(*tensors, *self.scalars, grid=self.grid, **self.constants))
+            return
         if self._run is not None:
             self._run(*tensors, *self._rest)
             return

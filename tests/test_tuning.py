@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import gptkernels as gk
-from gptkernels import cli, cuda_build, dispatch, files, simulator
+from gptkernels import cli, cuda_build, dispatch, files, simulator, triton_calls
 from gptkernels.bench.cases import Case
 from gptkernels.failures import UsageError
 from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.tuning import candidates, choices, classes, model_cases, store, tune
 from gptkernels.tuning.classes import CallClass
-from gptkernels.tuning.workers import Workers
+from gptkernels.tuning.workers import Compilers, Workers
 
 CPU = torch.device("cpu")
 LIBRARIES = os.environ.get("GPTKERNELS_CACHE")  # where the CUDA library may be
@@ -290,6 +290,88 @@ def test_a_model_and_a_batch():
         gk.tune(torch.nn.Linear(3, 3), torch.zeros(1, 3))
 
 
+class Told:
+    """Workers and compilers at once, that answer by what they were told. first, really: microseconds by rows,
+    when measured alone and in a race; 0 is the usual value. spilled: bytes by the same, None: does not compile"""
+
+    workers = (None,)
+
+    def __init__(self, first: dict, really: dict, spilled: dict | None = None):
+        self.first, self.really, self.spilled, self.jobs = first, really, spilled or {}, []
+
+    def ask(self, job, limit_s):
+        self.jobs.append(job)
+        name = {"op": "attention", "kind": ["float32"], "sizes": {"T": 1}}
+
+        def us(candidate, times):
+            both = times[candidate["settings"].get("rows", 0)]
+            return {"fwd": both, "bwd": both}
+
+        if job["job"] == "measure":
+            return {"status": "ok", "us": us(job["candidate"], self.first), "class": name}
+        return {"status": "ok", "us": [us(candidate, self.really) for candidate in job["candidates"]]}
+
+    def ask_all(self, jobs, limit_s, deadline):
+        found = [self.spilled.get(job["candidate"]["settings"]["rows"], 0) for job in jobs]
+        return [{"status": "failed", "detail": "no"} if n is None else {"status": "ok", "spilled": n} for n in found]
+
+
+def told(monkeypatch, first, really, spilled=None):
+    """-> the trial of one setting, its values in the order of `first`, and the values that were measured"""
+    values = tuple(value for value in first if value)
+    monkeypatch.setattr(candidates, "backends", lambda case, where: [candidates.Candidate("triton")])
+    setting = candidates.Setting("rows", "triton", "fwd", values)
+    monkeypatch.setattr(candidates, "settings", lambda case, where: iter([setting]))
+    workers = Told(first, really, spilled)
+    trial = tune.Trial(CASE, "cuda", workers, deadline=float("inf"), compilers=workers)
+    trial.run()
+    measured = [job["candidate"]["settings"] for job in workers.jobs if job["job"] == "measure"]
+    return trial, [settings.get("rows", 0) for settings in measured]
+
+
+def test_the_faster_half_races_again(monkeypatch):
+    """A first look is not trusted: what it puts second is first in turns, and slower ones are not run again."""
+    first = {0: 10.0, 1: 5.0, 2: 5.5, 3: 9.0, 4: 20.0, 5: 30.0}
+    trial, measured = told(monkeypatch, first, really=first | {1: 9.9, 2: 6.0, 3: 7.0})
+    assert measured == [0, 1, 2, 3, 4, 5]
+    assert trial.entry()["settings"] == {"rows": 2}
+    races = [job["candidates"] for job in trial.workers.jobs if job["job"] == "race"]
+    rows = [[candidate["settings"].get("rows", 0) for candidate in race] for race in races]
+    assert rows == [[1, 2, 3], [2, 3], [0, 2]]
+    assert trial.fastest["triton"][1]["fwd"] == 6.0
+
+
+def test_what_is_no_faster_in_turns_is_not_taken(monkeypatch):
+    trial, _ = told(monkeypatch, {0: 10.0, 1: 5.0}, really={0: 8.0, 1: 7.9})
+    assert trial.entry()["settings"] == {}
+
+
+def test_what_spills_is_not_measured(monkeypatch):
+    times = {0: 10.0, 1: 5.0, 2: 6.0, 3: 7.0}
+    trial, measured = told(monkeypatch, times, times, spilled={1: 8, 3: None})
+    assert measured == [0, 2]
+    assert (trial.entry()["pruned"], trial.entry()["settings"]) == (1, {"rows": 2})
+    assert list(trial.failed.values()) == ["failed: no"]
+    trial, measured = told(monkeypatch, times, times, spilled={1: 8, 2: 8, 3: 4})
+    assert measured == [0, 1, 2, 3]  # better than none
+
+
+@pytest.mark.skipif(simulator.unavailable() is not None, reason="the simulator is not installed")
+def test_kernels_are_compiled_and_not_launched():
+    x, weight = torch.randn(8, 64).bfloat16().requires_grad_(), torch.ones(64).bfloat16()
+    with simulator.use(arch=90) as driver:
+        gk.layer_norm(x, weight, backend="triton")
+        launched = driver.total_stats.warp_instructions
+        with triton_calls.compiling() as kernels:
+            gk.layer_norm(x, weight, backend="triton").sum().backward()
+        assert driver.total_stats.warp_instructions == launched
+    assert [kernel.metadata.name for kernel in kernels] == [
+        "layer_norm_fwd_kernel",
+        "layer_norm_bwd_kernel",
+        "layer_norm_bwd_reduce_kernel",
+    ][: len(kernels)]
+
+
 @pytest.mark.skipif(simulator.unavailable() is not None, reason="the simulator is not installed")
 def test_on_the_simulator(monkeypatch):
     """Triton's kernels by the instructions that they execute, each row of the launch table proved right before."""
@@ -300,8 +382,8 @@ def test_on_the_simulator(monkeypatch):
     settings = [candidates.Setting("layer_norm_fwd", "triton", "fwd", ((4, 0, 16), (1, 0, 1), (1, 0, 8)))]
     monkeypatch.setattr(candidates, "settings", lambda case, where: iter(settings))
     case = Case.of("layer_norm", "bfloat16", ("fwd", "bwd"), M=5, N=64)
-    with Workers("simulator") as workers:
-        trial = tune.Trial(case, "simulator", workers, deadline=float("inf"))
+    with Workers("simulator") as workers, Compilers("simulator") as compilers:
+        trial = tune.Trial(case, "simulator", workers, float("inf"), compilers)
         trial.run()
     found = trial.entry()
     assert not found["failed"]

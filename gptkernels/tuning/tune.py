@@ -6,6 +6,7 @@ import json
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from . import candidates, choices, store
 from .candidates import Candidate
 from .classes import CallClass
 from .model_cases import cases_of_hf, cases_of_model, passes_of
-from .workers import Workers
+from .workers import Compilers, Workers
 
 # Of a candidate, beyond what its samples take: compiling, the reference in float64, a machine that others use.
 LIMIT_S = 60.0
@@ -120,14 +121,18 @@ class Tuner:
         self.left = 0
 
     def run(self, cases: list[Case], console: Console) -> None:
-        with self.make_workers(self.where) as workers, Steps(console, len(cases), "tuning") as steps:
+        with (
+            self.make_workers(self.where) as workers,
+            Compilers(self.where, self.make_workers) as compilers,
+            Steps(console, len(cases), "tuning") as steps,
+        ):
             for i, case in enumerate(cases):
                 steps.begin(f"{case.op} {case.label}")
                 seconds = (self.deadline - time.monotonic()) / (len(cases) - i)
                 if seconds <= 0:
                     self.left = len(cases) - i
                     return
-                trial = Trial(case, self.where, workers, time.monotonic() + seconds)
+                trial = Trial(case, self.where, workers, time.monotonic() + seconds, compilers)
                 trial.run()
                 if trial.of is not None:
                     self.done[trial.of] = trial.entry()
@@ -138,12 +143,13 @@ class Tuner:
 class Trial:
     """What is found out about one case."""
 
-    def __init__(self, case: Case, where: str, workers: Workers, deadline: float):
+    def __init__(self, case: Case, where: str, workers: Workers, deadline: float, compilers: Compilers | None = None):
         self.case, self.where, self.workers, self.deadline = case, where, workers, deadline
+        self.compilers = compilers
         self.of: CallClass | None = None
         self.fastest: dict[str, tuple[Candidate, dict[str, float]]] = {}  # by backend
         self.failed: dict[str, str] = {}
-        self.tried = 0
+        self.tried = self.pruned = 0
 
     def run(self) -> None:
         for candidate in candidates.backends(self.case, self.where):
@@ -153,36 +159,76 @@ class Trial:
         for setting in candidates.settings(self.case, self.where):
             if setting.backend in self.fastest:
                 self.choose(setting)
+        # What was timed minutes apart is timed once more in turns.
+        finalists = [candidate for candidate, _ in self.fastest.values()]
+        if len(finalists) > 1:
+            for candidate, us in zip(finalists, self.race(finalists, 2 * SECONDS[self.where]) or (), strict=False):
+                self.fastest[candidate.backend] = candidate, us
 
     def choose(self, setting: candidates.Setting) -> None:
-        """Keeps the value with which its pass is fastest, the settings before it being what they are."""
-        passes = self.case.passes
-        counted = passes if setting.which == "both" else tuple(p for p in passes if p in (setting.which, "both"))
-        for value in setting.values:
+        """Takes the value with which its pass is fastest, the settings before it being what they are."""
+        counted = [p for p in self.case.passes if setting.which in (p, "both") or p == "both"]
+        best, _ = self.fastest[setting.backend]
+        field = [Candidate(best.backend, best.settings | {setting.name: value}) for value in setting.values]
+        times = {}
+        for candidate in self.compilable(field):
             if time.monotonic() > self.deadline:
-                return
-            best, best_us = self.fastest[setting.backend]
-            candidate = Candidate(best.backend, best.settings | {setting.name: value})
-            found = self.measure(candidate)
-            if found and total(found, counted) < total(best_us, counted) * (1 - MATTERS):
-                self.fastest[setting.backend] = candidate, found
+                break
+            if found := self.measure(candidate):
+                times[candidate] = total(found, counted)
+        winner = self.winner(sorted(times, key=lambda candidate: times[candidate]), counted)
+        final = self.race([best, winner], 2 * SECONDS[self.where]) if winner else None
+        if winner and final and total(final[1], counted) < total(final[0], counted) * (1 - MATTERS):
+            self.fastest[setting.backend] = winner, final[1]
+
+    def compilable(self, field: list[Candidate]) -> list[Candidate]:
+        """Those that compile and spill nothing; all, where all spill. They are compiled side by side, for the worker
+        that measures finds them in Triton's cache."""
+        if self.compilers is None or not self.compilers.workers or not field or field[0].backend != "triton":
+            return field
+        jobs = [self.job("compile", candidate=asdict(candidate)) for candidate in field]
+        answers = self.compilers.ask_all(jobs, LIMIT_S, self.deadline)
+        known = [(candidate, answer) for candidate, answer in zip(field, answers, strict=True) if answer is not None]
+        for candidate, answer in known:
+            if answer["status"] != "ok":
+                self.failed[str(candidate)] = f"{answer['status']}: {answer['detail']}"
+        compiled = [(candidate, answer["spilled"]) for candidate, answer in known if answer["status"] == "ok"]
+        clean = [candidate for candidate, spilled in compiled if not spilled]
+        self.pruned += len(compiled) - len(clean) if clean else 0
+        return clean or [candidate for candidate, _ in compiled]
+
+    def winner(self, ranked: list[Candidate], counted: list[str]) -> Candidate | None:
+        """Of those ranked by a first look: the faster half runs again, in turns and for twice as long, and so on"""
+        seconds = SECONDS[self.where]
+        while len(ranked) > 1:
+            ranked, seconds = ranked[: (len(ranked) + 1) // 2], 2 * seconds
+            us = self.race(ranked, seconds) if len(ranked) > 1 and time.monotonic() < self.deadline else None
+            if us is None:
+                break
+            ranked = [ranked[i] for i in sorted(range(len(us)), key=lambda i: total(us[i], counted))]
+        return ranked[0] if ranked else None
 
     def measure(self, candidate: Candidate) -> dict[str, float] | None:
         """-> microseconds by pass, or None for what does not run, and is noted where that is no wonder"""
         self.tried += 1
-        case = {"op": self.case.op, "dtype": self.case.dtype, "shape": self.case.shape}
-        job = {
-            "case": case,
-            "candidate": {"backend": candidate.backend, "settings": candidate.settings},
-            "seconds": SECONDS[self.where],
-            "passes": self.case.passes,
-        }
-        answer = self.workers.ask(job, LIMIT_S)
+        answer = self.ask("measure", LIMIT_S, candidate=asdict(candidate), seconds=SECONDS[self.where])
         if answer["status"] != "ok":
             self.failed[str(candidate)] = f"{answer['status']}: {answer['detail']}"
             return None
         self.of = CallClass(answer["class"]["op"], tuple(answer["class"]["kind"]), answer["class"]["sizes"])
         return answer["us"]
+
+    def race(self, field: list[Candidate], seconds: float) -> list[dict[str, float]] | None:
+        """-> microseconds by pass of each, timed in turns; None where that did not end well"""
+        answer = self.ask("race", len(field) * LIMIT_S, candidates=[asdict(each) for each in field], seconds=seconds)
+        return answer["us"] if answer["status"] == "ok" else None
+
+    def job(self, job: str, **rest) -> dict:
+        case = {"op": self.case.op, "dtype": self.case.dtype, "shape": self.case.shape}
+        return {"job": job, "case": case, "passes": self.case.passes, **rest}
+
+    def ask(self, job: str, limit_s: float, **rest) -> dict:
+        return self.workers.ask(self.job(job, **rest), limit_s)
 
     def entry(self) -> dict[str, Any]:
         """What is kept: backends by time, their settings, when, and what did not run right"""
@@ -196,6 +242,7 @@ class Trial:
             "settings": settings,
             "failed": wrong,
             "tried": self.tried,
+            "pruned": self.pruned,
             "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
 

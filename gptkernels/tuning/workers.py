@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -89,3 +91,44 @@ class Workers:
         code = self.process.wait()
         name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         return {"status": "crashed", "detail": f"the process ended: {name}", "us": {}}
+
+
+class Compilers:
+    """Several workers that compile at once, as many as there are cores to spare, and none on a CPU. Each that shares a
+    GPU takes some of its memory."""
+
+    MOST = 8
+
+    def __init__(self, where: str, make: Callable[[str], Workers] = Workers):
+        count = 0 if where == "cpu" else max(1, min(self.MOST, len(os.sched_getaffinity(0)) // 2))
+        self.workers = [make(where) for _ in range(count)]
+        self.idle = list(self.workers)
+
+    def __enter__(self) -> "Compilers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for workers in self.workers:
+            workers.stop()
+
+    def ask_all(self, jobs: list[dict], limit_s: float, deadline: float) -> list[dict[str, Any] | None]:
+        """-> the answers; None of those that nobody came to before the deadline"""
+
+        def ask(job: dict) -> dict[str, Any] | None:
+            if time.monotonic() > deadline:
+                return None
+            workers = self.idle.pop()
+            try:
+                return workers.ask(job, limit_s)
+            finally:
+                self.idle.append(workers)
+
+        if not self.workers:
+            return [None] * len(jobs)
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            try:
+                return list(pool.map(ask, jobs))
+            except BaseException:  # Ctrl-C: nobody waits for what is being compiled
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.__exit__()
+                raise
