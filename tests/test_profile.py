@@ -38,6 +38,7 @@ def test_training(tmp_path, capsys):
     status, found = profile(tmp_path, "--trace", str(trace))
     assert status == 0
     assert "plain PyTorch" in capsys.readouterr().out
+    assert found["tuned"]["classes"] == 0
     assert found["ours"]["difference"] < 1e-5
     per_token = cost.training_flops_per_token(TINY, 64)
     for name in ("plain", "ours"):

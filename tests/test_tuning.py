@@ -129,6 +129,20 @@ def test_what_was_measured_is_in_force():
         assert choices.setting("eager_rows", "attention", call, 0) == 7
 
 
+def test_benchmarks_say_what_was_in_force(tmp_path):
+    arguments = ["--device", "cpu", "--json", str(tmp_path / "out.json")]
+    command = ["bench", "--op", "attention", "--shape", SMALL, "--dtype", "float32", "--pass", "fwd", *arguments]
+    for kept, wanted, count in (({}, None, 0), (entry(), "as shipped", 1), (entry(eager_rows=48), "eager_rows 48", 1)):
+        if kept:
+            keep(banded(), kept)
+        assert cli.main([*command, "--seconds", "0.01"]) == 0
+        document = json.loads((tmp_path / "out.json").read_text())
+        assert document["tuned"]["classes"] == count
+        assert {row["contender"]: row["in_force"] for row in document["cases"]} == {
+            row["contender"]: wanted if row["kind"] == "ours" else None for row in document["cases"]
+        }
+
+
 def test_the_nearest_class_counts():
     known = {banded(tokens): entry(eager_rows=tokens) for tokens in (256, 2048)}
     for tokens, expected in ((200, 256), (300, 256), (1500, 2048), (8192, 2048), (10**6, None)):

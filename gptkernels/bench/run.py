@@ -8,6 +8,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from ..check import resolve_device
 from ..failures import UsageError, is_out_of_memory
 from ..files import write_text
 from ..progress import Steps
+from ..tuning import choices
 from . import measure, peers, report, schema, suites, telemetry, truth
 from .cases import DTYPES, OPS, PASSES, Case, parse_shape
 
@@ -150,6 +152,7 @@ class Session:
             "device": telemetry.device_facts(self.device),
             "ceilings": {},
             "telemetry": {"before": self.nvml.read(), "after": {}},
+            "tuned": choices.summary(self.device),
             "peers": peers.survey(self.device),
             "cases": [],
         }
@@ -214,6 +217,10 @@ class Session:
             mine = [row for (other, _), row in rows.items() if other is contender]
             with self.recorded(mine):
                 call = contender.make(case, self.device)
+                if contender.kind == "ours":
+                    prepared = cast(Any, case.spec.function).prepare(**sets[0], **case.kwargs)
+                    for row in mine:
+                        row["in_force"] = choices.in_force(prepared.op, prepared.record())
                 if contender.kind != "yardstick":
                     ratio = truth.check(case, call, sets[0], facts, contender.kind == "ours")
                     for row in mine:

@@ -27,6 +27,7 @@ DOCUMENT = {
         "measured at the start: gemm_tflops by dtype, copy_gbps, timer_floor_us (of an almost empty kernel)",
     ),
     "telemetry": ((dict,), "before, after: sm_mhz, memory_mhz, temperature_c, power_w, power_limit_w, throttle"),
+    "tuned": ((dict,), "what `gptkernels tune` knew of the device: classes (of calls), first and last (when)"),
     "peers": ((dict,), "by name: status (available, missing), version, detail, install"),
     "cases": ((list,), "rows, as below"),
 }
@@ -42,6 +43,7 @@ ROW = {
     "seed": ((int,), "of these inputs"),
     "status": (TEXT, "ok (right, and timed), " + ", ".join(STATUSES[1:])),
     "detail": (TEXT, "why the status is not ok"),
+    "in_force": (OPTIONAL_TEXT, "launch settings that `gptkernels tune` found for our contenders; null: none"),
     "error_ratio": (OPTIONAL_NUMBER, "largest error over what our own kernels are allowed"),
     "checked": (TEXT, "what was compared with the float64 reference"),
     "timer": (OPTIONAL_TEXT, "graph, events or wall"),
@@ -66,6 +68,10 @@ ROW = {
 }
 
 
+# Within this version: documents from before do not have them.
+ADDED = ("tuned", "in_force")
+
+
 def problems(document: Any) -> list[str]:
     """What is wrong with a document, in words; empty: nothing."""
     if not isinstance(document, dict):
@@ -85,7 +91,7 @@ def problems(document: Any) -> list[str]:
 def mismatches(where: str, value: Any, fields: dict) -> list[str]:
     if not isinstance(value, dict):
         return [f"{where} must be an object"]
-    found = [f"{where}{name} is missing" for name in fields if name not in value]
+    found = [f"{where}{name} is missing" for name in fields if name not in value and name not in ADDED]
     for name, (types, _) in fields.items():
         # In Python True is an int.
         if name in value and (

@@ -21,6 +21,7 @@ from ..files import write_text
 from ..models.config import PRESETS
 from ..models.parallel import KINDS, Workers
 from ..progress import Steps
+from ..tuning import choices
 from . import report, shares, workload
 
 SCHEMA = 1
@@ -65,6 +66,7 @@ def run(options: Namespace) -> int:
             "device": telemetry.device_facts(workers.device),
             "versions": telemetry.versions(),
             "git": telemetry.git_state(),
+            "tuned": choices.summary(workers.device),
             **{name: getattr(options, name) for name in ("batch", "seq", "dtype", "dropout", "backend", "infer")},
             **measured,
         }

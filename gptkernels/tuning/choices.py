@@ -25,10 +25,16 @@ def entry(op: str, record: Record) -> dict | None:
     device = record.first.device
     if device.type not in ("cpu", "cuda") or hardware.is_simulated(device):
         return None
+    found = known(device)
+    return classes.nearest(classes.of(op, record), found) if found else None
+
+
+def known(device: torch.device) -> dict[classes.CallClass, dict]:
+    """All that was measured on the device, read once"""
     key = device.type, device.index
     if key not in _known:
         _known[key] = store.load(device)
-    return classes.nearest(classes.of(op, record), _known[key]) if _known[key] else None
+    return _known[key]
 
 
 def order(op: str, record: Record) -> list[str]:
@@ -55,13 +61,26 @@ def told(op: str, record: Record) -> str:
     return "not measured on this GPU, which `gptkernels tune` does" if on_gpu else ""
 
 
+def summary(device: torch.device) -> dict:
+    """How much is known of the device, and since when"""
+    days = sorted(found["when"][:10] for found in known(device).values())
+    return {"classes": len(days), "first": min(days, default=None), "last": max(days, default=None)}
+
+
 def age(device: torch.device) -> str:
-    """Of what is known of the device"""
-    known = store.load(device)
-    if not known:
+    found = summary(device)
+    if not found["classes"]:
         return "never (gptkernels tune)"
-    days = sorted(found["when"][:10] for found in known.values())
-    return f"{len(known)} classes of calls, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+    return f"{found['classes']} classes of calls, {' to '.join(dict.fromkeys((found['first'], found['last'])))}"
+
+
+def in_force(op: str, record: Record) -> str | None:
+    """The launch settings that were measured for calls like this one; None: nothing was"""
+    found = entry(op, record)
+    if not found:
+        return None
+    settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+    return settings or "as shipped"
 
 
 def as_default(value: Any, default: Any) -> Any:
