@@ -279,6 +279,30 @@ def test_export_and_import(cache, tmp_path, capsys):
     assert "is of a another, this is a" in capsys.readouterr().err
 
 
+def test_what_is_shipped_serves_until_something_is_measured(tmp_path, monkeypatch):
+    """Of GPUs of the same name, whatever their driver and torch."""
+    gpu = mock.Mock(type="cuda", index=0)
+    found = dict.fromkeys(("units", "driver", "torch", "triton", "sources"), "then") | {"device": "NVIDIA H100"}
+    monkeypatch.setattr(store, "SHIPPED", tmp_path)
+    (tmp_path / "h100.json").write_text(json.dumps(store.sealed(found, {banded(): entry(eager_rows=48)})))
+    properties = mock.Mock(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for name, count in (("NVIDIA H100", 1), ("NVIDIA A100", 0)):
+        properties.name = name
+        choices.reload()
+        assert len(choices.known(gpu)) == count
+        assert choices.summary(gpu)["classes"] == 0
+    properties.name = "NVIDIA H100"
+    choices.reload()
+    call = mock.Mock(
+        first=mock.Mock(device=gpu, dtype=torch.float32), traits=lambda: (banded().kind[1:], banded().sizes)
+    )
+    assert choices.told("attention", call).startswith("measured on a GPU like this one, not here, on 2026-11-21")
+    monkeypatch.setattr(store, "load", lambda device: {banded(): entry(eager_rows=7)})
+    choices.reload()
+    assert choices.setting("eager_rows", "attention", call, 0) == 7
+
+
 def test_models(tmp_path):
     cases = model_cases.cases_of_model("gpt2", "bfloat16")
     assert {(case.op, case.label) for case in cases} >= {

@@ -30,10 +30,10 @@ def entry(op: str, record: Record) -> dict | None:
 
 
 def known(device: torch.device) -> dict[classes.CallClass, dict]:
-    """All that was measured on the device, read once"""
+    """All that was measured on the device, or on one like it where nothing was; read once"""
     key = device.type, device.index
     if key not in _known:
-        _known[key] = store.load(device)
+        _known[key] = store.load(device) or store.shipped(device)
     return _known[key]
 
 
@@ -56,14 +56,15 @@ def told(op: str, record: Record) -> str:
     found = entry(op, record)
     if found:
         times = ", ".join(f"{name} {us:.0f} us" for name, us in found["order"])
-        return f"measured here on {found['when'][:10]}: {times}"
+        where = "on a GPU like this one, not here," if found.get("shipped") else "here"
+        return f"measured {where} on {found['when'][:10]}: {times}"
     on_gpu = record.first.device.type == "cuda"
     return "not measured on this GPU, which `gptkernels tune` does" if on_gpu else ""
 
 
 def summary(device: torch.device) -> dict:
     """How much is known of the device, and since when"""
-    days = sorted(found["when"][:10] for found in known(device).values())
+    days = sorted(found["when"][:10] for found in known(device).values() if not found.get("shipped"))
     return {"classes": len(days), "first": min(days, default=None), "last": max(days, default=None)}
 
 
