@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from gptkernels import remembered
+from gptkernels.launch import ARCHS, shipped
 from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.record import AttentionCall
-from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS
 
 KERNELS = {"fwd": "attention_fwd_kernel", "dq": "attention_bwd_dq_kernel", "dkdv": "attention_bwd_dkdv_kernel"}
 # A head size of each row; 40, 80 and 160 are kept in two parts.
@@ -108,15 +108,15 @@ def largest(table: dict, kernel: str, element_size: int, row: int, arch: int, po
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, choices=sorted(TABLES), required=True)
+    parser.add_argument("--arch", type=int, choices=ARCHS, required=True)
     parser.add_argument("--kernel", choices=KERNELS, nargs="*", default=list(KERNELS))
     parser.add_argument("--head", type=int, choices=HEAD_SIZES, nargs="*", default=list(HEAD_SIZES))
     parser.add_argument("--bytes", type=int, choices=(2, 4), nargs="*", default=(2, 4), help="per element")
     parser.add_argument("--pointers", action="store_true", help="rows for what TMA cannot address")
     options = parser.parse_args()
     for element_size, kernel, row in itertools.product(options.bytes, options.kernel, options.head):
-        tma = options.arch == 90 and element_size == 2 and not options.pointers
-        table = TMA_ROWS[kernel] if tma else TABLES[options.arch][element_size][kernel]
+        suffix = "_float32" if element_size == 4 else "_tma" if options.arch == 90 and not options.pointers else ""
+        table = shipped(options.arch)[f"attention_{kernel}{suffix}"]
         if row not in table:
             continue
         best = largest(table, kernel, element_size, row, options.arch, options.pointers)

@@ -8,10 +8,11 @@ import torch
 from compile_gate import SHARED_LIMIT, assert_within_limits, compiled_launches
 
 from gptkernels import simulator
+from gptkernels.launch import ARCHS, shipped
 from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.decode import triton_kernels as decode_kernels
 from gptkernels.ops.attention.record import AttentionCall, DecodeCall
-from gptkernels.ops.attention.triton_launch import TABLES, TMA_ROWS, head_parts, launch_row
+from gptkernels.ops.attention.triton_launch import head_parts, launch_row
 
 if simulator.unavailable():
     pytest.skip(simulator.unavailable(), allow_module_level=True)
@@ -36,13 +37,12 @@ def launch(head_size, dtype, window, layout="plain"):
 
 
 def test_every_row_is_compiled_here():
-    for arch, table in TABLES.items():
-        for size, kernels in table.items():
-            parts = [head_parts(head_size, size) for head_size in HEAD_SIZES if size == 2 or head_size <= 128]
-            rows = {part1 + part1 // 2 if part2 else part1 for part1, part2 in parts}
-            for kernel, by_head in kernels.items():
-                assert set(by_head) == rows, (arch, size, kernel)
-                assert size == 4 or set(TMA_ROWS[kernel]) <= rows
+    for arch, (size, suffix) in itertools.product(ARCHS, ((2, ""), (4, "_float32"))):
+        parts = [head_parts(head_size, size) for head_size in HEAD_SIZES if size == 2 or head_size <= 128]
+        rows = {part1 + part1 // 2 if part2 else part1 for part1, part2 in parts}
+        for kernel in ("attention_fwd", "attention_dq", "attention_dkdv"):
+            assert set(shipped(arch)[kernel + suffix]) == rows, (arch, kernel)
+            assert size == 4 or set(shipped(arch).get(f"{kernel}_tma", ())) <= rows
 
 
 def windows(arch, bits, head_size):
@@ -60,7 +60,7 @@ def test_attention(arch, bits, head_size):
     if head_size not in (16, 32, 64, 128) and bits == 32:
         pytest.skip("float32 heads up to 128 are padded to a power of two; larger ones are not supported")
     dtype = torch.float32 if bits == 32 else torch.bfloat16  # which takes more registers than float16
-    if arch == 89 and TABLES[89] == TABLES[80]:
+    if arch == 89 and shipped(89) == shipped(80):
         # The same programs as for 8.0, compiled there, if only they fit.
         with compiled_launches(80) as launches:
             launch(head_size, dtype, 100)
@@ -123,7 +123,7 @@ def test_decode_compiles_once():
 
 
 def test_rows_are_powers_of_two():
-    for arch in TABLES:
+    for arch in ARCHS:
         for head_size in range(16, 257):
             for kernel in ("fwd", "dq", "dkdv"):
                 for size in (2, 4) if head_size <= 128 else (2,):

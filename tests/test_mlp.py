@@ -24,7 +24,7 @@ def backend(request):
         yield "eager"
     else:
         widest = 10**9 if request.param == "fused" else 0
-        with mock.patch.object(triton_kernels, "FUSED_UP_TO", {80: widest}):
+        with mock.patch.object(triton_kernels, "fused_up_to", return_value=widest):
             yield "triton"
 
 
@@ -239,7 +239,7 @@ def test_float32_follows_the_matmul_precision(anywhere):
     exact = gk.mlp(**tensors, backend="triton")
     try:
         torch.set_float32_matmul_precision("high")
-        with mock.patch.object(triton_kernels, "FUSED_UP_TO", {80: 10**9}):
+        with mock.patch.object(triton_kernels, "fused_up_to", return_value=10**9):
             rounded = gk.mlp(**tensors, backend="triton")
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -278,7 +278,7 @@ def test_double_backward_is_an_error():
 def test_the_chosen_kernels_really_run(anywhere, widest):
     anywhere.require("triton")
     tensors = make(anywhere, 20, 64, 128, torch.bfloat16)
-    with mock.patch.object(triton_kernels, "FUSED_UP_TO", {80: widest}):
+    with mock.patch.object(triton_kernels, "fused_up_to", return_value=widest):
         choice = gk.explain(gk.mlp, **tensors, backend="triton")
         assert choice.backend == "triton"
         assert choice.detail == ("fused epilogues" if widest else "cuBLAS and a fused pointwise pass")
@@ -296,7 +296,7 @@ def test_the_chosen_kernels_really_run(anywhere, widest):
 def launches_on(arch, variant, widest):
     dtype, rows, activation = variant
     tensors = make(SimpleNamespace(device=torch.device("cpu")), rows, 256, 1024, dtype, residual=True)
-    with mock.patch.object(triton_kernels, "FUSED_UP_TO", {80: widest}), compiled_launches(arch) as launches:
+    with mock.patch.object(triton_kernels, "fused_up_to", return_value=widest), compiled_launches(arch) as launches:
         gk.mlp(**tensors, activation=activation, backend="triton").sum().backward()
     return launches
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import hardware
+from ...launch import shipped
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch, of_tensor
@@ -16,22 +17,8 @@ from .record import MlpCall
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
 
-# arch -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit types: what compiles without spills.
-# `gptkernels tune` finds better ones on the GPU at hand.
-GEMM_LAUNCH = {
-    80: (128, 128, 32, 4, 4),
-    89: (128, 128, 32, 4, 3),
-    90: (128, 256, 64, 8, 3),
-    100: (128, 256, 64, 8, 3),
-}
-# The same for backward, whose epilogue needs more registers.
-GEMM_BWD_LAUNCH = {
-    80: (128, 128, 32, 8, 4),
-    89: (128, 128, 32, 8, 3),
-    90: (128, 128, 64, 8, 4),
-    100: (128, 128, 64, 8, 4),
-}
-# The same for float32 on every arch, and for 16-bit types with few rows, in both directions.
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages for float32, and for 16-bit types with few rows, in both directions and on
+# every architecture; what others take is in gptkernels/launch.
 FLOAT_LAUNCH = (64, 64, 16, 8, 2)
 FEW_ROWS_LAUNCH = (64, 128, 64, 4, 3)
 FEW_ROWS = 256
@@ -39,21 +26,16 @@ GROUP_M = 8
 POINTWISE_LAUNCH = {"BLOCK": 2048, "num_warps": 8}
 POINTWISE_BWD_LAUNCH = {"ROWS": 128, "BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 8}
 
-# arch -> the widest d at which the fused epilogue is faster than cuBLAS and a pointwise pass. What it can win shrinks
-# as 266 / d of the products' time; what a product loses against cuBLAS does not.
-FUSED_UP_TO = {80: 1024, 89: 1024, 90: 2048, 100: 1024}
 
-
-def nearest(table: dict, arch: int):
-    """The row of the newest arch that is not newer than this one."""
-    return table[max((known for known in table if known <= arch), default=min(table))]
+def fused_up_to(arch: int) -> int:
+    return shipped(arch)["mlp_fused_up_to"]
 
 
 def is_fused(call: MlpCall) -> bool:
     if copies_cost_more(call):
         return False
     measured = choices.setting("mlp_fused", "mlp", call, None)
-    return call.x.shape[-1] <= nearest(FUSED_UP_TO, hardware.arch(call.x.device)) if measured is None else measured
+    return call.x.shape[-1] <= fused_up_to(hardware.arch(call.x.device)) if measured is None else measured
 
 
 def unsupported(call: MlpCall) -> str | None:
@@ -64,12 +46,12 @@ def describe(call: MlpCall) -> str:
     return "fused epilogues" if is_fused(call) else "cuBLAS and a fused pointwise pass"
 
 
-def gemm_launch(call: MlpCall, table: dict, a: Tensor, setting: str) -> dict:
+def gemm_launch(call: MlpCall, a: Tensor, setting: str) -> dict:
     """a: (M, K)"""
     if a.dtype == torch.float32:
         row = FLOAT_LAUNCH
     else:
-        row = FEW_ROWS_LAUNCH if a.shape[0] <= FEW_ROWS else nearest(table, hardware.arch(a.device))
+        row = FEW_ROWS_LAUNCH if a.shape[0] <= FEW_ROWS else shipped(hardware.arch(a.device))[setting]
     row = choices.setting(setting, "mlp", call, row)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, row, strict=True)), "GROUP_M": GROUP_M}
@@ -121,7 +103,7 @@ def linear_launch(
     """Takes x: (M, K), weight: (N, K), bias: (N,), residual, preact, out: (M, N) and makes
     out = activation(x @ weight.T + bias) + residual, preact = x @ weight.T + bias"""
     (M, K), N = x.shape, weight.shape[0]
-    row, tma = gemm_launch(call, GEMM_LAUNCH, x, "mlp_fwd_tile"), takes_tma(x, weight)
+    row, tma = gemm_launch(call, x, "mlp_fwd_tile"), takes_tma(x, weight)
     launch = Launch(
         mlp_fwd_kernel,
         gemm_grid(row, M, N, x.device),
@@ -145,7 +127,7 @@ def grad_preact_launch(
     grad = dout @ proj_weight * activation'(preact), its column sums in parts, and act = activation(preact); and the
     shape of those parts"""
     (M, K), N = dout.shape, proj_weight.shape[1]
-    row, tma = gemm_launch(call, GEMM_BWD_LAUNCH, dout, "mlp_bwd_tile"), takes_tma(dout, proj_weight)
+    row, tma = gemm_launch(call, dout, "mlp_bwd_tile"), takes_tma(dout, proj_weight)
     launch = Launch(
         mlp_bwd_kernel,
         gemm_grid(row, M, N, dout.device),

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .... import hardware
+from ....launch import shipped
 from ....remembered import remembered
 from ....torch_library import torch_op
 from ....triton_calls import Launch
@@ -184,11 +185,6 @@ def unsupported(call: DecodeCall) -> str | None:
     return hardware.triton_unsupported(call.q.device)
 
 
-# Keys a program takes at a time by bytes per element and padded head size: BLOCK_N, warps, stages.
-LAUNCH = {
-    2: {16: (128, 4, 3), 32: (128, 4, 3), 64: (64, 4, 3), 128: (64, 4, 3), 256: (32, 4, 3)},
-    4: {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 4, 2), 128: (32, 4, 2), 256: (16, 8, 2)},
-}
 MAX_ROWS = 32
 MAX_SPLITS = 64
 
@@ -220,7 +216,8 @@ def launches(call: DecodeCall, out: Tensor) -> tuple[Launch, Launch, int]:
     (batch, heads, tokens, head_size), (_, kv_heads, capacity, _) = q.shape, k_cache.shape
     group = heads // kv_heads
     d1, d2 = head_parts(head_size, q.element_size())
-    usual = LAUNCH[q.element_size()][triton.next_power_of_2(head_size)]
+    table = "decode_row_float32" if q.element_size() == 4 else "decode_row"
+    usual = shipped(hardware.arch(q.device))[table][triton.next_power_of_2(head_size)]
     block_n, warps, stages = choices.setting("decode_row", "decode_attention", call, usual)
     block_m = max(16, min(MAX_ROWS, triton.next_power_of_2(group)))
     row_tiles = triton.cdiv(group * tokens, block_m)
