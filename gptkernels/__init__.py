@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .ops.layer_norm import add_layer_norm, layer_norm
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.mlp import mlp
+    from .ops.rope import rope
     from .swap.accelerate import accelerate
     from .tuning.recorded import tune
 
@@ -34,6 +35,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "nn",
+    "rope",
     "swap",
     "tune",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "mlp": "ops.mlp",
+    "rope": "ops.rope",
     "tune": "tuning.recorded",
 }
 

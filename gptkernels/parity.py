@@ -126,10 +126,10 @@ def assert_parity(
 
 @contextmanager
 def guarded_allocations():
-    """torch.empty and empty_like give NaNs (bytes of 0xFF) between margins of the same, which must be untouched at the
-    end."""
+    """torch.empty, empty_like and empty_strided give NaNs (bytes of 0xFF) between margins of the same, which must be
+    untouched at the end."""
     buffers = []
-    real_empty, real_empty_like = torch.empty, torch.empty_like
+    real_empty, real_empty_like, real_empty_strided = torch.empty, torch.empty_like, torch.empty_strided
 
     def guarded_empty(*size, **options):
         size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
@@ -142,6 +142,10 @@ def guarded_allocations():
         out = real_empty_like(x, **options)
         return out if out.is_meta or type(x) not in (Tensor, Parameter) or out.numel() == 0 else guarded(out)
 
+    def guarded_empty_strided(size, stride, **options):
+        out = real_empty_strided(size, stride, **options)
+        return out if out.is_meta or type(out) is not Tensor or out.numel() == 0 else guarded(out)
+
     def guarded(out):
         buffer = real_empty((out.numel() + 2 * MARGIN,), dtype=out.dtype, device=out.device)
         buffer.view(torch.uint8).fill_(0xFF)
@@ -151,6 +155,7 @@ def guarded_allocations():
     with (
         mock.patch.object(torch, "empty", guarded_empty),
         mock.patch.object(torch, "empty_like", guarded_empty_like),
+        mock.patch.object(torch, "empty_strided", guarded_empty_strided),
     ):
         yield
     for buffer in buffers:

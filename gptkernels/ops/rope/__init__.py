@@ -1,0 +1,3 @@
+from .op import RopeFunction, rope
+
+__all__ = ["RopeFunction", "rope"]
