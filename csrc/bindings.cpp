@@ -16,43 +16,40 @@ extern const char* const kArchs;
 
 namespace {
 
-// What Python passes: numbers, tensors (or None) where the struct has pointers, and tuples of three strides.
-class Fields {
-  public:
-    explicit Fields(const py::dict& values) : values_(values) {}
+// What Python passes: numbers, tensors (or None) where the struct has pointers, and tuples of a tensor and its strides.
+struct Fields {
+    const py::dict& values;
+    size_t taken = 0;
 
     // name: a str, which is looked up faster than characters
     template <class Value>
     Fields& operator()(PyObject* name, Value& field) {
-        const py::handle value = PyDict_GetItemWithError(values_.ptr(), name);
+        const py::handle value = PyDict_GetItemWithError(values.ptr(), name);
         if (!value) throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
-        ++taken_;
+        ++taken;
         if constexpr (std::is_pointer_v<Value>)
             field = reinterpret_cast<Value>(value.is_none() ? 0 : address(value));
         else if constexpr (std::is_enum_v<Value>)
             field = static_cast<Value>(value.cast<int>());
-        else if constexpr (std::is_same_v<Value, AttentionStrides>)
-            field = {stride(value, 0), stride(value, 1), stride(value, 2)};
+        else if constexpr (std::is_same_v<Value, AttentionTensor>)
+            field = {reinterpret_cast<void*>(address(entry(value, 0))), entry(value, 1).cast<int64_t>(),
+                     entry(value, 2).cast<int64_t>(), entry(value, 3).cast<int64_t>()};
         else
             field = value.cast<Value>();
         return *this;
     }
 
     void end() const {
-        if (taken_ != values_.size()) throw py::key_error("there are more fields than these");
+        if (taken != values.size()) throw py::key_error("there are more fields than these");
     }
 
-  private:
     static uintptr_t address(py::handle tensor) {
         static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
         const auto found = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
         if (!found) throw py::error_already_set();
         return found.cast<uintptr_t>();
     }
-    static int64_t stride(py::handle strides, int i) { return strides[py::int_(i)].cast<int64_t>(); }
-
-    const py::dict& values_;
-    size_t taken_ = 0;
+    static py::object entry(py::handle tuple, int i) { return tuple[py::int_(i)]; }
 };
 
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
@@ -66,15 +63,13 @@ void read(Fields& fields, AttentionShape& p) {
 
 void read(Fields& fields, AttentionFwdParams& p) {
     read(fields, p.shape);
-    fields FIELD(dtype) FIELD(sm_count) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse) FIELD(tile_counter)
-        FIELD(q_strides) FIELD(k_strides) FIELD(v_strides) FIELD(out_strides);
+    fields FIELD(dtype) FIELD(sm_count) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse) FIELD(tile_counter);
 }
 
 void read(Fields& fields, AttentionBwdParams& p) {
     read(fields, p.shape);
     fields FIELD(dtype) FIELD(sm_count) FIELD(dq_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
-        FIELD(dq) FIELD(dk) FIELD(dv) FIELD(dout_strides) FIELD(q_strides) FIELD(k_strides) FIELD(v_strides)
-        FIELD(out_strides) FIELD(dq_strides) FIELD(dk_strides) FIELD(dv_strides) FIELD(workspace);
+        FIELD(dq) FIELD(dk) FIELD(dv) FIELD(workspace);
 }
 
 void read(Fields& fields, CrossEntropyParams& p) {
@@ -107,7 +102,7 @@ void read(Fields& fields, MlpBwdParams& p) {
 
 template <class Params>
 Params params_of(const py::dict& values) {
-    Fields fields(values);
+    Fields fields = {values};
     Params params = {};
     read(fields, params);
     fields.end();
@@ -121,18 +116,16 @@ void define(py::module_& m, const char* name, void (*launcher)(const Params&, cu
     });
 }
 
-int driver_version() {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.attr("source_hash") = kSourceHash;
     m.attr("archs") = kArchs;
     m.attr("cuda_version") = CUDART_VERSION;
-    m.def("driver_version", &driver_version);
+    m.def("driver_version", [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+    });
     define(m, "attention_fwd", &attention_fwd);
     define(m, "attention_bwd", &attention_bwd);
     m.def("attention_bwd_workspace_bytes",

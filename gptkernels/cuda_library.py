@@ -177,13 +177,14 @@ def zeroed_counters(device: torch.device) -> torch.Tensor:
 
 def launch(name: str, device: torch.device, fields: dict) -> None:
     """Calls the library's `name` on the current stream. fields: its parameters, by the names that they have in csrc;
-    tensors where it takes addresses, None for those that are absent."""
+    tensors where it takes addresses, None for those that are absent, tuples of a tensor and its strides."""
     function = getattr(load(), name)
     with hardware.on_device(device):
         try:
             if around_launch is None:
                 return function(fields, _stream(device))
-            with around_launch([value for value in fields.values() if isinstance(value, torch.Tensor)]):
+            first = (value[0] if isinstance(value, tuple) else value for value in fields.values())
+            with around_launch([value for value in first if isinstance(value, torch.Tensor)]):
                 return function(fields, _stream(device))
         except RuntimeError as error:
             _counters.clear()  # it may have stopped half-way

@@ -40,7 +40,7 @@ def test_a_first_tile_by_block_index_hangs(builder):
     """On a busy GPU, where those that it waits for may not have started."""
     edits = {}
     for file, taken, instead in (
-        ("attention_bwd_kernel.cuh", "args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile()", "blockIdx.x"),
+        ("attention_bwd_kernel.cuh", "args.params.dq_order == DqOrder::kAny ? blockIdx.x : take_tile()", "blockIdx.x"),
         ("attention_bwd_passes.cuh", "params.dq_order == DqOrder::kAny ? ctas : 0", "ctas"),
     ):
         text = (cuda_build.source_directory() / "attention" / file).read_text()

@@ -33,8 +33,10 @@ void attention_bwd(const AttentionBwdParams& params, cudaStream_t stream) {
 }
 
 int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
-    AttentionBwdWorkspace unused;
-    return with_head_dim<64, 96, 128, 256>(shape.head_dim, [&](auto size) {
-        return attention_bwd_workspace<size.value>(shape, sm_count, nullptr, &unused);
-    });
+    AttentionBwdParams params = {};
+    params.shape = shape;
+    params.sm_count = sm_count;
+    AttentionBwdArguments unused;
+    return with_head_dim<64, 96, 128, 256>(shape.head_dim,
+                                           [&](auto size) { return attention_bwd_plan<size.value>(params, &unused); });
 }

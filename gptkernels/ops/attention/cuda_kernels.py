@@ -77,8 +77,8 @@ def shape_fields(q, k, key_start, cu_seqlens, causal, window, scale) -> dict:
 
 
 def tensor_fields(**tensors: Tensor) -> dict:
-    """Tensors with head and token dimensions, and their strides"""
-    return tensors | {f"{name}_strides": strides(x) for name, x in tensors.items()}
+    """csrc/attention/attention.h's AttentionTensor: tensors with head and token dimensions, and their strides"""
+    return {name: (x, *strides(x)) for name, x in tensors.items()}
 
 
 @torch_op(fake=fwd_outputs)
