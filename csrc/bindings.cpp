@@ -68,7 +68,7 @@ void read(Fields& fields, AttentionFwdParams& p) {
 
 void read(Fields& fields, AttentionBwdParams& p) {
     read(fields, p.shape);
-    fields FIELD(dtype) FIELD(sm_count) FIELD(dq_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
+    fields FIELD(dtype) FIELD(sm_count) FIELD(dq_in_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
         FIELD(dq) FIELD(dk) FIELD(dv) FIELD(workspace);
 }
 

@@ -96,7 +96,7 @@ def ordered_gradients() -> torch.Tensor:
 
 
 def busy_gradients(seed: int) -> None:
-    """Where no CTA starts before another has ended, in ascending and in descending order of keys."""
+    """Where no CTA starts before another has ended, dense and banded."""
     import ptxemu.cuda
 
     with ptxemu.cuda.use(seed=seed, few_ctas=True):

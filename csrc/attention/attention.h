@@ -37,16 +37,11 @@ struct AttentionFwdParams {
     int* tile_counter;  // (2,), zeros, which the kernel leaves as zeros; not shared with launches at the same time
 };
 
-// In which order blocks of keys add to a block of queries of dq: any, or one that gives the same bits on every run.
-// With a band, in descending order nobody waits: at any time CTAs that work on neighbouring blocks of keys have come to
-// different queries. Without one, in ascending order the longest tiles come first.
-enum class DqOrder : int { kAny = 0, kAscending = 1, kDescending = 2 };
-
 struct AttentionBwdParams {
     AttentionShape shape;
     DType dtype;
     int sm_count;
-    DqOrder dq_order;
+    bool dq_in_order;  // whether dq is added up in one order, so that it has the same bits on every run
     AttentionTensor dout, q, k, v, out;
     const float* lse;            // as the forward pass left it
     AttentionTensor dq, dk, dv;  // as q, k and v

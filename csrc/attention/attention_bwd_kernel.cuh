@@ -14,7 +14,7 @@ GK_DEVICE void attention_bwd_produce(const AttentionBwdArguments& args,
 
     auto take_tile = [&] { return from_leader(leader ? atomicAdd(args.workspace.tile_counter, 1) : 0, leader); };
     // CTAs may start in any order, and where additions wait for others, those that they wait for must have started.
-    int index = args.params.dq_order == DqOrder::kAny ? blockIdx.x : take_tile();
+    int index = args.params.dq_in_order ? take_tile() : blockIdx.x;
     for (uint32_t tiles = 0;; ++tiles) {
         const RingPlace<2> slot{tiles};
         const RingPlace<1> kv_place{tiles};

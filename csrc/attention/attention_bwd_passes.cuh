@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
     const int64_t slot = first_slot<kBlockM>(shape, args.query_order, tile, tile.head, tile.q_row) + tile.block;
     if (threadIdx.x == 0) args.workspace.added[slot] = 0;
     const BlockRange adding = adding_blocks<kBlockM, Traits::kBlockN>(shape, tile, tile.block);
-    if (params.dq_order == DqOrder::kAny || adding.begin == adding.end) {
+    if (!params.dq_in_order || adding.begin == adding.end) {
         float4* dq = reinterpret_cast<float4*>(args.workspace.dq + slot * kDqSize);
         for (int i = threadIdx.x; i < kDqSize / 4; i += blockDim.x) dq[i] = float4{0.f, 0.f, 0.f, 0.f};
     }
@@ -148,7 +148,7 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     args.dv = {map("dv", params.dv, shape, shape.kv_heads, shape.k_len, 16), params.dv};
 
     const unsigned ctas = unsigned(args.part_order.tiles < params.sm_count ? args.part_order.tiles : params.sm_count);
-    args.first_tile = params.dq_order == DqOrder::kAny ? ctas : 0;
+    args.first_tile = params.dq_in_order ? 0 : ctas;
     const unsigned query_blocks = args.query_order.tiles;
     const unsigned last_ctas = query_blocks + (args.workspace.splits > 1 ? 2 * unsigned(args.key_order.tiles) : 0);
     launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", {query_blocks, 256, 0, stream}, args);

@@ -106,9 +106,8 @@ int64_t attention_bwd_plan(const AttentionBwdParams& params, AttentionBwdArgumen
     args->query_order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM);
     args->key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN);
     // Queries, dout and float32 dq are what blocks of keys share.
-    args->part_order =
-        attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
-                             int64_t(shape.q_len) * HeadDim * 8 * args->group, params.dq_order == DqOrder::kDescending);
+    args->part_order = attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
+                                            int64_t(shape.q_len) * HeadDim * 8 * args->group);
     const int64_t slots = args->query_order.tiles, key_slots = workspace.splits == 1 ? 0 : args->part_order.tiles;
     int64_t bytes = 0;
     auto take = [&](auto*& array, int64_t count) {
@@ -147,7 +146,9 @@ GK_DEVICE BlockRange query_blocks(const AttentionShape& shape, const AttentionTi
     return {first / BlockM, last / BlockM + 1};
 }
 
-// Calls work(head, block, its slot) for the blocks of queries that a tile of the main kernel meets, in order.
+// Calls work(head, block, its slot) for the blocks of queries that a tile of the main kernel meets. From the last to
+// the first: blocks of keys add to dq in ascending order, and so a CTA rarely has to wait for the one before it, which
+// has begun with queries that this one does not see, or with the same ones earlier.
 template <int HeadDim, class Work>
 GK_DEVICE void for_each_query_block(const AttentionBwdArguments& args, const AttentionTile& tile, Work work) {
     using Traits = AttentionBwdTraits<HeadDim>;
@@ -156,7 +157,7 @@ GK_DEVICE void for_each_query_block(const AttentionBwdArguments& args, const Att
     for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
         const int64_t first = first_slot<Traits::kBlockM>(args.params.shape, args.query_order, tile, head, tile.q_row);
 #pragma unroll 1
-        for (int m = blocks.begin; m < blocks.end; ++m) work(head, m, first + m);
+        for (int m = blocks.end - 1; m >= blocks.begin; --m) work(head, m, first + m);
     }
 }
 
@@ -173,9 +174,8 @@ GK_DEVICE BlockRange adding_blocks(const AttentionShape& shape, const AttentionT
 template <int HeadDim>
 GK_DEVICE int adding_before(const AttentionBwdArguments& args, const AttentionTile& tile, int m) {
     using Traits = AttentionBwdTraits<HeadDim>;
-    if (args.params.dq_order == DqOrder::kAny) return -1;
-    const BlockRange adding = adding_blocks<Traits::kBlockM, Traits::kBlockN>(args.params.shape, tile, m);
-    return args.params.dq_order == DqOrder::kAscending ? tile.block - adding.begin : adding.end - 1 - tile.block;
+    if (!args.params.dq_in_order) return -1;
+    return tile.block - adding_blocks<Traits::kBlockM, Traits::kBlockN>(args.params.shape, tile, m).begin;
 }
 
 // Calls put with each four registers of an accumulator and their place in `to`, where a warpgroup's accumulators lie in

@@ -38,13 +38,13 @@ def unsupported(
     return cuda_library.unsupported(q.device, only_arch=90)
 
 
-def dq_order(window: int | None, deterministic: bool) -> int:
-    """csrc/attention/attention.h's DqOrder"""
-    return 2 if window is not None else int(deterministic)
+def dq_in_order(window: int | None, deterministic: bool) -> bool:
+    """Whether dq is added up in one order: with a window that costs nothing."""
+    return window is not None or deterministic
 
 
 def describe(q, k, v, key_start, cu_seqlens, causal, window, scale, dropout) -> str:
-    if dq_order(window, torch.are_deterministic_algorithms_enabled()):
+    if dq_in_order(window, torch.are_deterministic_algorithms_enabled()):
         return "the gradients have the same bits on every run"
     return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
 
@@ -145,6 +145,6 @@ def attention_bwd(
     fields["workspace"] = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=q.device)
     fields["dtype"] = cuda_library.DTYPE[q.dtype]
     fields["sm_count"] = hardware.sm_count(q.device)
-    fields["dq_order"] = dq_order(window, deterministic)
+    fields["dq_in_order"] = dq_in_order(window, deterministic)
     cuda_library.launch("attention_bwd", q.device, fields)
     return grads
