@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -20,50 +21,50 @@ extern const char* const kArchs;
 
 namespace {
 
-// What Python passes: numbers and tuples of three strides by name, and the names of tensors, whose addresses come later.
-class Fields {
-  public:
-    Fields(const py::tuple& tensors, const py::dict& numbers, void* params)
-        : tensors_(tensors), numbers_(numbers), params_(static_cast<char*>(params)), offsets_(tensors.size(), -1) {}
+// What Python passes: numbers, and three strides of tensors that have heads, by name; and the names of tensors, whose
+// addresses come later.
+struct Fields {
+    const py::tuple& tensors;
+    const py::dict& numbers;
+    void* params;
+    std::vector<ptrdiff_t> offsets = std::vector<ptrdiff_t>(tensors.size(), -1);  // in params, where addresses go
+    size_t taken = 0;
 
     // name: a str, which is looked up faster than characters
     template <class Value>
     Fields& operator()(PyObject* name, Value& field) {
-        ++taken_;
         if constexpr (std::is_pointer_v<Value>) {
-            const Py_ssize_t index = PySequence_Index(tensors_.ptr(), name);
+            const Py_ssize_t index = PySequence_Index(tensors.ptr(), name);
             if (index < 0) {
                 PyErr_Clear();
-                throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
+                throw missing(name);
             }
-            offsets_[index] = reinterpret_cast<char*>(&field) - params_;
+            offsets[index] = reinterpret_cast<char*>(&field) - static_cast<char*>(params);
         } else {
-            const py::handle value = PyDict_GetItemWithError(numbers_.ptr(), name);
-            if (!value) throw py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
+            const py::handle value = PyDict_GetItemWithError(numbers.ptr(), name);
+            if (!value) throw missing(name);
             if constexpr (std::is_enum_v<Value>)
                 field = static_cast<Value>(value.cast<int>());
-            else if constexpr (std::is_same_v<Value, AttentionStrides>)
-                field = {stride(value, 0), stride(value, 1), stride(value, 2)};
-            else
+            else if constexpr (std::is_same_v<Value, AttentionTensor>) {
+                std::tie(field.batch_stride, field.head_stride, field.row_stride) = value.cast<Strides>();
+                (*this)(name, field.data);
+            } else
                 field = value.cast<Value>();
         }
+        ++taken;
         return *this;
     }
 
-    // -> where in params the address of each tensor goes
-    std::vector<ptrdiff_t> end() const {
-        if (taken_ != tensors_.size() + numbers_.size()) throw py::key_error("there are more fields than these");
-        return offsets_;
+    const std::vector<ptrdiff_t>& end() const {
+        if (taken != tensors.size() + numbers.size()) throw py::key_error("there are more fields than these");
+        return offsets;
     }
 
-  private:
-    static int64_t stride(py::handle strides, int i) { return strides[py::int_(i)].cast<int64_t>(); }
+    using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
-    const py::tuple& tensors_;
-    const py::dict& numbers_;
-    char* params_;
-    std::vector<ptrdiff_t> offsets_;
-    size_t taken_ = 0;
+    static py::key_error missing(PyObject* name) {
+        return py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
+    }
 };
 
 // tensor: or None
@@ -86,15 +87,13 @@ void read(Fields& fields, AttentionShape& p) {
 
 void read(Fields& fields, AttentionFwdParams& p) {
     read(fields, p.shape);
-    fields FIELD(dtype) FIELD(sm_count) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse) FIELD(tile_counter)
-        FIELD(q_strides) FIELD(k_strides) FIELD(v_strides) FIELD(out_strides);
+    fields FIELD(dtype) FIELD(sm_count) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse) FIELD(tile_counter);
 }
 
 void read(Fields& fields, AttentionBwdParams& p) {
     read(fields, p.shape);
-    fields FIELD(dtype) FIELD(sm_count) FIELD(dq_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
-        FIELD(dq) FIELD(dk) FIELD(dv) FIELD(dout_strides) FIELD(q_strides) FIELD(k_strides) FIELD(v_strides)
-        FIELD(out_strides) FIELD(dq_strides) FIELD(dk_strides) FIELD(dv_strides) FIELD(workspace);
+    fields FIELD(dtype) FIELD(sm_count) FIELD(dq_in_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
+        FIELD(dq) FIELD(dk) FIELD(dv) FIELD(workspace);
 }
 
 void read(Fields& fields, CrossEntropyParams& p) {
@@ -129,7 +128,7 @@ template <class Params>
 class Prepared {
   public:
     Prepared(const py::tuple& tensors, const py::dict& numbers) {
-        Fields fields(tensors, numbers, &params_);
+        Fields fields = {tensors, numbers, &params_};
         read(fields, params_);
         offsets_ = fields.end();
     }
@@ -159,18 +158,16 @@ void define(py::module_& m, const char* name, void (*launcher)(const Params&, cu
     });
 }
 
-int driver_version() {
-    int version = 0;
-    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
     m.attr("source_hash") = kSourceHash;
     m.attr("archs") = kArchs;
     m.attr("cuda_version") = CUDART_VERSION;
-    m.def("driver_version", &driver_version);
+    m.def("driver_version", [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+    });
     define(m, "attention_fwd", &attention_fwd);
     define(m, "attention_bwd", &attention_bwd);
     m.def("attention_bwd_workspace_bytes",

@@ -75,6 +75,14 @@ def arch_flags(source: Path, chosen: list[str]) -> str:
     return " ".join(f"-gencode arch=compute_{a},code=[sm_{a},compute_{a}]" for a in chosen)
 
 
+def variants(source: Path) -> list[str]:
+    """Definitions with which a source is compiled, each time to an object of its own, all of them at the same time: of
+    `// Compiled for each NAME of 1 2.` in its first line, or none."""
+    with source.open() as file:
+        told = re.match(r"// Compiled for each (\w+) of ([\w ]+)\.$", file.readline())
+    return [f"-D{told.group(1)}={value}" for value in told.group(2).split()] if told else [""]
+
+
 def job_count() -> int:
     try:
         found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
@@ -85,7 +93,7 @@ def job_count() -> int:
 
 
 def ninja_file(output: Path, nvcc: str) -> str:
-    """The text of build.ninja: one object per .cu and .cpp file, one shared library."""
+    """The text of build.ninja: one object per variant of a .cu and .cpp file, one shared library."""
     import pybind11
 
     csrc, chosen = source_directory(), archs()
@@ -105,11 +113,12 @@ def ninja_file(output: Path, nvcc: str) -> str:
     for source in source_files():
         if source.suffix not in (".cu", ".cpp"):
             continue
-        objects.append("_".join(source.relative_to(csrc).parts) + ".o")
         extra = arch_flags(source, chosen) if source.suffix == ".cu" else ""
         if source.name == "build_info.cpp":
             extra = defines
-        lines += [f"build {objects[-1]}: compile {source}", f"  extra = {extra}"]
+        for variant in variants(source):
+            objects.append("_".join(source.relative_to(csrc).parts) + variant.replace("=", "_") + ".o")
+            lines += [f"build {objects[-1]}: compile {source}", f"  extra = {extra} {variant}".rstrip()]
     return "\n".join([*lines, f"build {output}: link {' '.join(objects)}", ""])
 
 

@@ -43,9 +43,11 @@ void attention_bwd(const AttentionBwdParams& p, cudaStream_t stream) {
     with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value>(p, stream); });
 }
 int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
-    AttentionBwdWorkspace unused;
-    return with_size(shape.head_dim,
-                     [&](auto size) { return attention_bwd_workspace<size.value>(shape, sm_count, nullptr, &unused); });
+    AttentionBwdParams params = {};
+    params.shape = shape;
+    params.sm_count = sm_count;
+    AttentionBwdArguments unused;
+    return with_size(shape.head_dim, [&](auto size) { return attention_bwd_plan<size.value>(params, &unused); });
 }
 """,
     },

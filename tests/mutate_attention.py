@@ -28,9 +28,9 @@ FILES = (
     "attention_tile.cuh",
 )
 STATEMENT = re.compile(
-    r"\b(mbarrier_wait|mbarrier_arrive|arrive|mbarrier_arrive_expect|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
+    r"\b(mbarrier_wait|mbarrier_arrive|warp_arrive|mbarrier_arrive_expect|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
     r"fence_async_proxy|fence_async_proxy_global|named_barrier_sync|named_barrier_arrive|bulk_wait_read|bulk_wait|"
-    r"bulk_commit|release_k|release_v|wait_turn|pass_turn|red_release_add|wait_for_prerequisite|__syncthreads)\([^;{}]*\);"
+    r"bulk_commit|release|wait_turn|pass_turn|red_release_add|wait_for_prerequisite|__syncthreads)\([^;{}]*\);"
 )
 # What may go without a wrong result, by how the source goes on from there, and why.
 HARMLESS = {
@@ -96,7 +96,7 @@ def ordered_gradients() -> torch.Tensor:
 
 
 def busy_gradients(seed: int) -> None:
-    """Where no CTA starts before another has ended, in ascending and in descending order of keys."""
+    """Where no CTA starts before another has ended, dense and banded."""
     import ptxemu.cuda
 
     with ptxemu.cuda.use(seed=seed, few_ctas=True):

@@ -40,8 +40,8 @@ def test_a_first_tile_by_block_index_hangs(builder):
     """On a busy GPU, where those that it waits for may not have started."""
     edits = {}
     for file, taken, instead in (
-        ("attention_bwd_kernel.cuh", "args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile()", "blockIdx.x"),
-        ("attention_bwd_passes.cuh", "params.dq_order == DqOrder::kAny ? ctas : 0", "ctas"),
+        ("attention_bwd_kernel.cuh", "args.params.dq_in_order ? take_tile() : blockIdx.x", "blockIdx.x"),
+        ("attention_bwd_passes.cuh", "params.dq_in_order ? 0 : ctas", "ctas"),
     ):
         text = (cuda_build.source_directory() / "attention" / file).read_text()
         assert text.count(taken) == 1

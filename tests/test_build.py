@@ -123,6 +123,29 @@ def test_archs_are_checked(monkeypatch):
     assert cuda_build.archs() == ["80", "90a"]
 
 
+def test_a_source_that_is_compiled_several_times(tmp_path, monkeypatch):
+    (tmp_path / "many.cu").write_text("// Compiled for each SIZE of 64 96.\nint size() { return SIZE; }\n")
+    (tmp_path / "one.cu").write_text("// Compiled once.\nint one() { return 1; }\n")
+    monkeypatch.setattr(cuda_build, "source_directory", lambda: tmp_path)
+    text = cuda_build.ninja_file(tmp_path / "out.so", "nvcc")
+    objects = dict(re.findall(r"build (\S+\.o): .*\n  extra = (.*)", text))
+    assert sorted(objects) == ["many.cu-DSIZE_64.o", "many.cu-DSIZE_96.o", "one.cu.o"]
+    assert objects["many.cu-DSIZE_96.o"].endswith(" -DSIZE=96")
+    assert "-DSIZE" not in objects["one.cu.o"]
+    assert all(name in text.splitlines()[-1] for name in objects)
+
+
+def test_the_instantiations_are_those_that_are_called():
+    folder = cuda_build.source_directory() / "attention"
+    called = re.findall(
+        r"with_head_dim<([\d, ]+)>\([^;]*attention_([fb]wd)_launch", (folder / "attention.cu").read_text()
+    )
+    assert len(called) == 2
+    for sizes, direction in called:
+        compiled = cuda_build.variants(folder / f"attention_{direction}_sm90.cu")
+        assert compiled == [f"-DHEAD_DIM={size}" for size in sizes.split(", ")]
+
+
 def test_without_nvcc(cache, tmp_path, monkeypatch, capsys):
     from gptkernels import cli
 

@@ -204,7 +204,7 @@ def launch_with(q, **changes):
 def test_errors_name_the_step_and_what_it_was_given(device):
     q = torch.randn(1, 1, 70, 64).bfloat16()
     with pytest.raises(RuntimeError) as error:
-        launch_with(q, k_strides=(4480, 4480, 65))
+        launch_with(q, k=(4480, 4480, 65))
     text = str(error.value)
     assert text.startswith(
         "attention_fwd: cuTensorMapEncodeTiled of k: CUDA_ERROR_INVALID_VALUE (1) for sizes (64, 70, 1, 1)"

@@ -212,15 +212,15 @@ def test_the_instructions_that_are_meant(library):
 
 # What is removed, and the file that it is in once.
 PLANTED = {
-    "full": ("mlp_kernel.cuh", "mbarrier_wait(shared_address(&shared.full[stage]), place.parity());"),
-    "empty": ("mlp_kernel.cuh", "mbarrier_wait(shared_address(&shared.empty[stage]), place.parity() ^ 1);"),
+    "full": ("mlp_kernel.cuh", "mbarrier_wait(place.of(shared.full), place.parity());"),
+    "empty": ("mlp_kernel.cuh", "mbarrier_wait(place.of(shared.empty), place.parity() ^ 1);"),
     "products": ("mlp_kernel.cuh", "wgmma_wait<0>();"),
     "last tile": ("mlp_kernel.cuh", "epilogue.finish();"),
     "loaded": ("mlp_epilogue.cuh", "mbarrier_wait(loaded, place.parity());"),
     "proxy": ("mlp_epilogue.cuh", "fence_async_proxy();"),
     "stored": ("mlp_epilogue.cuh", "if (lane == 0) bulk_wait_read<Pending>();"),
     "boxes in use": ("mlp_epilogue.cuh", "bulk_wait_read();"),
-    "sums": ("mlp_epilogue.cuh", "named_barrier_sync(kGroup + group, kWarpgroup);\n            float2 sum"),
+    "sums": ("mlp_epilogue.cuh", "named_barrier_sync(kGroup + group, kWarpgroup);\n        float2 sum"),
 }
 
 

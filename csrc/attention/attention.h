@@ -21,37 +21,31 @@ struct AttentionShape {
     const int* cu_seqlens;  // (batch + 1,) or null
 };
 
-// Elements from one batch entry (0 with cu_seqlens), head and row to the next; multiples of 8.
-struct AttentionStrides {
-    int64_t batch, head, row;
+// Strides are elements from one batch entry (0 with cu_seqlens), head and row to the next; multiples of 8.
+struct AttentionTensor {
+    void* data;
+    int64_t batch_stride, head_stride, row_stride;
 };
 
 struct AttentionFwdParams {
     AttentionShape shape;
     DType dtype;  // float16 or bfloat16
     int sm_count;
-    const void *q, *k, *v;  // (batch, heads, q_len, head_dim), (batch, kv_heads, k_len, head_dim) twice
-    void* out;              // as q
-    AttentionStrides q_strides, k_strides, v_strides, out_strides;
-    float* lse;         // (batch, heads, q_len) or (heads, q_len), natural logarithm
+    AttentionTensor q, k, v;  // (batch, heads, q_len, head_dim), (batch, kv_heads, k_len, head_dim) twice
+    AttentionTensor out;      // as q
+    float* lse;               // (batch, heads, q_len) or (heads, q_len), natural logarithm
     int* tile_counter;  // (2,), zeros, which the kernel leaves as zeros; not shared with launches at the same time
 };
-
-// In which order blocks of keys add to a block of queries of dq: any, or one that gives the same bits on every run.
-// With a band, in descending order nobody waits: at any time CTAs that work on neighbouring blocks of keys have come to
-// different queries. Without one, in ascending order the longest tiles come first.
-enum class DqOrder : int { kAny = 0, kAscending = 1, kDescending = 2 };
 
 struct AttentionBwdParams {
     AttentionShape shape;
     DType dtype;
     int sm_count;
-    DqOrder dq_order;
-    const void *dout, *q, *k, *v, *out;
-    const float* lse;    // as the forward pass left it
-    void *dq, *dk, *dv;  // as q, k and v
-    AttentionStrides dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dk_strides, dv_strides;
-    void* workspace;  // attention_bwd_workspace_bytes of it, aligned to 16 bytes
+    bool dq_in_order;  // whether dq is added up in one order, so that it has the same bits on every run
+    AttentionTensor dout, q, k, v, out;
+    const float* lse;            // as the forward pass left it
+    AttentionTensor dq, dk, dv;  // as q, k and v
+    void* workspace;             // attention_bwd_workspace_bytes of it, aligned to 16 bytes
 };
 
 void attention_fwd(const AttentionFwdParams& params, cudaStream_t stream);

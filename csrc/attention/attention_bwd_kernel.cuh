@@ -5,76 +5,53 @@
 #include "attention/attention_bwd_consumer.cuh"
 
 template <int HeadDim>
-__device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArguments& args, char* base) {
+GK_DEVICE void attention_bwd_produce(const AttentionBwdArguments& args,
+                                     typename AttentionBwdTraits<HeadDim>::Shared& shared) {
     using Traits = AttentionBwdTraits<HeadDim>;
-    const AttentionShape& shape = args.shape;
-    const uint32_t shared = shared_address(base);
+    const AttentionShape& shape = args.params.shape;
     const bool leader = elect_one();
     RingPlace<Traits::kStages> place;
 
-    auto take_tile = [&] {
-        int index = 0;
-        if (leader) index = atomicAdd(args.workspace.tile_counter, 1);
-        return from_leader(index, leader);
-    };
+    auto take_tile = [&] { return from_leader(leader ? atomicAdd(args.workspace.tile_counter, 1) : 0, leader); };
     // CTAs may start in any order, and where additions wait for others, those that they wait for must have started.
-    int index = args.dq_order == DqOrder::kAny ? blockIdx.x : take_tile();
+    int index = args.params.dq_in_order ? take_tile() : blockIdx.x;
     for (uint32_t tiles = 0;; ++tiles) {
         const RingPlace<2> slot{tiles};
         const RingPlace<1> kv_place{tiles};
-        mbarrier_wait(shared + Traits::kTileEmpty + 8 * slot.stage(), slot.parity() ^ 1);
-        // Stays in shared memory: there are few registers.
-        AttentionTile& tile = reinterpret_cast<AttentionTile*>(base + Traits::kTiles)[slot.stage()];
-        const int block = locate_tile<Traits::kBlockN>(shape, args.order, index, &tile);
-        if (leader) mbarrier_arrive(shared + Traits::kTileFull + 8 * slot.stage());
+        mbarrier_wait(slot.of(shared.tile_empty), slot.parity() ^ 1);
+        AttentionTile& tile = shared.tiles[slot.stage()];  // stays there: there are few registers
+        const int block = locate_tile<Traits::kBlockN>(shape, args.part_order, index, &tile);
+        if (leader) mbarrier_arrive(slot.of(shared.tile_full));
         if (block < 0) return;
         if (leader) {
             const int batch = shape.cu_seqlens ? 0 : tile.batch;
-            const BlockRange blocks = query_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile);
-            const int kv_head = tile.head / args.workspace.splits;
-
+            bool keys_loaded = false;
             auto load_keys = [&] {
-                mbarrier_wait(shared + Traits::kKvEmpty, kv_place.parity() ^ 1);
-                mbarrier_arrive_expect(shared + Traits::kKvFull, 2 * Traits::kKvBytes);
-#pragma unroll
-                for (int p = 0; p < Traits::kPanels; ++p) {
-                    const int panel = p * Traits::kBlockN * Traits::kRowBytes,
-                              row = tile.k_row + tile.block * Traits::kBlockN;
-                    tma_load_4d(shared + Traits::kK + panel, &args.k, shared + Traits::kKvFull, p * Traits::kPanel, row,
-                                kv_head, batch);
-                    tma_load_4d(shared + Traits::kV + panel, &args.v, shared + Traits::kKvFull, p * Traits::kPanel, row,
-                                kv_head, batch);
-                }
+                const int row = tile.k_row + tile.block * Traits::kBlockN, head = tile.head / args.workspace.splits;
+                const uint32_t full = kv_place.of(shared.kv_full);
+                mbarrier_wait(kv_place.of(shared.kv_empty), kv_place.parity() ^ 1);
+                mbarrier_arrive_expect(full, 2 * Traits::kKvBytes);
+                load_panels<HeadDim, Traits::kBlockN>(shared.k, &args.k, full, row, head, batch);
+                load_panels<HeadDim, Traits::kBlockN>(shared.v, &args.v, full, row, head, batch);
+                keys_loaded = true;
             };
-            auto load_block = [&](const CUtensorMap* map, const float* statistics, int full, int empty, int tiles,
-                                  int statistics_tiles, int head, int m) {
-                const uint32_t barrier = shared + full + 8 * place.stage();
-                mbarrier_wait(shared + empty + 8 * place.stage(), place.parity() ^ 1);
-                mbarrier_arrive_expect(barrier, Traits::kQBytes + Traits::kStatisticsBytes);
-#pragma unroll
-                for (int p = 0; p < Traits::kPanels; ++p)
-                    tma_load_4d(
-                        shared + tiles + place.stage() * Traits::kQBytes + p * Traits::kBlockM * Traits::kRowBytes, map,
-                        barrier, p * Traits::kPanel, tile.q_row + m * Traits::kBlockM, head, batch);
-                bulk_load(shared + statistics_tiles + place.stage() * Traits::kStatisticsBytes, statistics,
-                          Traits::kStatisticsBytes, barrier);
-            };
-            // The first queries before the keys: there is room for them while the last tile is still being worked on.
-#pragma unroll 1
-            for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
-                const int64_t first = first_slot<Traits::kBlockM>(shape, args.workspace, tile, head);
-#pragma unroll 1
-                for (int m = blocks.begin; m < blocks.end; ++m) {
-                    const int64_t at = (first + m) * Traits::kBlockM;
-                    load_block(&args.q, args.workspace.minus_lse + at, Traits::kQFull, Traits::kQEmpty, Traits::kQ,
-                               Traits::kLse, head, m);
-                    load_block(&args.dout, args.workspace.delta + at, Traits::kDoutFull, Traits::kDoutEmpty,
-                               Traits::kDout, Traits::kDelta, head, m);
-                    place.advance();
-                    if (m == blocks.begin && head == tile.head * args.group) load_keys();
-                }
-            }
-            if (blocks.begin == blocks.end) load_keys();
+            for_each_query_block<HeadDim>(args, tile, [&](int head, int m, int64_t dq_slot) {
+                auto load = [&](const CUtensorMap* map, auto& tiles, const float* statistics, auto& statistics_tiles,
+                                auto& full, auto& empty) {
+                    mbarrier_wait(place.of(empty), place.parity() ^ 1);
+                    mbarrier_arrive_expect(place.of(full), Traits::kQBytes + Traits::kStatisticsBytes);
+                    load_panels<HeadDim, Traits::kBlockM>(tiles[place.stage()], map, place.of(full),
+                                                          tile.q_row + m * Traits::kBlockM, head, batch);
+                    bulk_load(shared_address(statistics_tiles[place.stage()]), statistics + dq_slot * Traits::kBlockM,
+                              Traits::kStatisticsBytes, place.of(full));
+                };
+                load(&args.q, shared.q, args.workspace.minus_lse, shared.lse, shared.q_full, shared.q_empty);
+                load(&args.dout, shared.dout, args.workspace.delta, shared.delta, shared.dout_full, shared.dout_empty);
+                place.advance();
+                // After the first queries: there is room for them while the last tile is still being worked on.
+                if (!keys_loaded) load_keys();
+            });
+            if (!keys_loaded) load_keys();
         }
         __syncwarp();
         index = take_tile();
@@ -84,52 +61,45 @@ __device__ __forceinline__ void attention_bwd_produce(const AttentionBwdArgument
 // Adds what the consumers leave in shared memory to dq; one thread. Where blocks of keys add in a fixed order, tiles
 // are handed out in that order too, so that whoever is waited for is running.
 template <int HeadDim>
-__device__ __forceinline__ void attention_bwd_add_dq(const AttentionBwdArguments& args, char* base) {
+GK_DEVICE void attention_bwd_add_dq(const AttentionBwdArguments& args,
+                                    typename AttentionBwdTraits<HeadDim>::Shared& shared) {
     using Traits = AttentionBwdTraits<HeadDim>;
-    const AttentionShape& shape = args.shape;
-    const uint32_t shared = shared_address(base);
     RingPlace<2> slot;
     RingPlace<1> place;
     while (true) {
-        mbarrier_wait(shared + Traits::kTileFull + 8 * slot.stage(), slot.parity());
-        const AttentionTile& tile = reinterpret_cast<const AttentionTile*>(base + Traits::kTiles)[slot.stage()];
+        mbarrier_wait(slot.of(shared.tile_full), slot.parity());
+        const AttentionTile& tile = shared.tiles[slot.stage()];
         if (tile.block < 0) break;
-        const BlockRange blocks = query_blocks<Traits::kBlockM, Traits::kBlockN>(shape, tile);
-#pragma unroll 1
-        for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
-            const int64_t first = first_slot<Traits::kBlockM>(shape, args.workspace, tile, head);
-#pragma unroll 1
-            for (int m = blocks.begin; m < blocks.end; ++m) {
-                int* added = args.workspace.added + first + m;
-                float* dq = args.workspace.dq + (first + m) * (Traits::kBlockM * Traits::kDqWidth);
-                const int before = adding_before<HeadDim>(args, tile, m);
-                if (before >= 0) {
-                    while (load_acquire(added) != before) {
-                    }
-                    fence_async_proxy_global();
+        for_each_query_block<HeadDim>(args, tile, [&](int, int m, int64_t dq_slot) {
+            int* added = args.workspace.added + dq_slot;
+            float* dq = args.workspace.dq + dq_slot * (Traits::kBlockM * Traits::kDqWidth);
+            const int before = adding_before<HeadDim>(args, tile, m);
+            if (before >= 0) {
+                while (load_acquire(added) != before) {
                 }
-#pragma unroll 1
-                for (int w = 0; w < Traits::kConsumers; ++w) {
-                    mbarrier_wait(shared + Traits::kDqFull + 8 * w, place.parity());
-                    float* to = dq + w * (Traits::kDqBytes / 4);
-                    const uint32_t from = shared + Traits::kDq + w * Traits::kDqBytes;
-                    if (before == 0)
-                        bulk_store(to, from, Traits::kDqBytes);
-                    else
-                        bulk_reduce_add(to, from, Traits::kDqBytes);
-                    bulk_commit();
-                    bulk_wait_read();
-                    mbarrier_arrive(shared + Traits::kDqEmpty + 8 * w);
-                }
-                place.advance();
-                if (before >= 0) {
-                    bulk_wait();
-                    fence_async_proxy_global();
-                    red_release_add(added, 1);
-                }
+                fence_async_proxy_global();
             }
-        }
-        mbarrier_arrive(shared + Traits::kTileEmpty + 8 * slot.stage());
+#pragma unroll 1
+            for (int w = 0; w < Traits::kConsumers; ++w) {
+                mbarrier_wait(shared_address(&shared.dq_full[w]), place.parity());
+                float* to = dq + w * (Traits::kDqBytes / 4);
+                const uint32_t from = shared_address(shared.dq[w]);
+                if (before == 0)
+                    bulk_store(to, from, Traits::kDqBytes);
+                else
+                    bulk_reduce_add(to, from, Traits::kDqBytes);
+                bulk_commit();
+                bulk_wait_read();
+                mbarrier_arrive(shared_address(&shared.dq_empty[w]));
+            }
+            place.advance();
+            if (before >= 0) {
+                bulk_wait();
+                fence_async_proxy_global();
+                red_release_add(added, 1);
+            }
+        });
+        mbarrier_arrive(slot.of(shared.tile_empty));
         slot.advance();
     }
 }
@@ -139,31 +109,17 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ AttentionBwdArguments args) {
     using Traits = AttentionBwdTraits<HeadDim>;
     extern __shared__ __align__(1024) char base[];
+    auto& shared = *reinterpret_cast<typename Traits::Shared*>(base);
     const int warp = warp_index();
     if (warp == 0 && elect_one()) {
-        const uint32_t shared = shared_address(base);
-        prefetch_tensor_map(&args.q);
-        prefetch_tensor_map(&args.dout);
-        prefetch_tensor_map(&args.k);
-        prefetch_tensor_map(&args.v);
+        prefetch_tensor_maps(args.q, args.dout, args.k, args.v);
         constexpr int kWarps = 4 * Traits::kConsumers;
-        for (int i = 0; i < Traits::kStages; ++i) {
-            mbarrier_init(shared + Traits::kQFull + 8 * i, 1);
-            mbarrier_init(shared + Traits::kDoutFull + 8 * i, 1);
-            mbarrier_init(shared + Traits::kQEmpty + 8 * i, kWarps);
-            mbarrier_init(shared + Traits::kDoutEmpty + 8 * i, kWarps);
-        }
-        for (int i = 0; i < Traits::kConsumers; ++i) {
-            mbarrier_init(shared + Traits::kDqFull + 8 * i, 4);
-            mbarrier_init(shared + Traits::kDqEmpty + 8 * i, 1);
-        }
-        for (int i = 0; i < 2; ++i) {
-            mbarrier_init(shared + Traits::kTileFull + 8 * i, 1);
-            mbarrier_init(shared + Traits::kTileEmpty + 8 * i, kWarps + !Traits::kDirectDq);
-        }
-        mbarrier_init(shared + Traits::kKvFull, 1);
-        mbarrier_init(shared + Traits::kKvEmpty, kWarps);
-        mbarrier_init(shared + Traits::kDsEmpty, kWarps);
+        init_ring(shared.q_full, 1, shared.q_empty, kWarps);
+        init_ring(shared.dout_full, 1, shared.dout_empty, kWarps);
+        init_ring(shared.dq_full, 4, shared.dq_empty, 1);
+        init_ring(shared.tile_full, 1, shared.tile_empty, kWarps + !Traits::kDirectDq);
+        init_ring(shared.kv_full, 1, shared.kv_empty, kWarps);
+        mbarrier_init(shared_address(shared.ds_empty), kWarps);
         fence_mbarrier_init();
     }
     let_dependents_start();
@@ -171,10 +127,10 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
     wait_for_prerequisite();
     if (warp < 4) {
         give_registers<Traits::kProducerRegisters>();
-        if (warp == 0) attention_bwd_produce<HeadDim>(args, base);
-        if (!Traits::kDirectDq && warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, base);
+        if (warp == 0) attention_bwd_produce<HeadDim>(args, shared);
+        if (!Traits::kDirectDq && warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, shared);
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        AttentionBwdConsumer<T, HeadDim>{args, base, warp / 4 - 1}.run();
+        AttentionBwdConsumer<T, HeadDim>{args, shared, warp / 4 - 1}.run();
     }
 }

@@ -5,80 +5,16 @@
 // A CTA of the main kernel owns kBlockN keys and loops over blocks of kBlockM queries. Of dq each of its two warpgroups
 // computes 64 rows by kDqColumns columns: half of the rows, or half of the columns.
 template <int HeadDim>  // 64, 96, 128 or 256: what smaller heads are padded to
-struct AttentionBwdBlock {
+struct AttentionBwdTraits : AttentionPanels<HeadDim> {
     static constexpr int kBlockM = HeadDim == 64 ? 128 : 64;
     static constexpr int kBlockN = HeadDim == 256 ? 64 : 128;
     static constexpr bool kSplitDqRows = kBlockM == 128;
     static constexpr int kDqColumns = kSplitDqRows ? HeadDim : HeadDim == 96 ? 64 : HeadDim / 2;  // in whole panels
     static constexpr int kDqWidth = kSplitDqRows ? HeadDim : 2 * kDqColumns;
-};
-
-// Blocks of queries have slots in the workspace: of each query head of each sequence, one after the other.
-struct AttentionBwdWorkspace {
-    int64_t slots_per_head;  // of one batch entry; of all documents with cu_seqlens
-    int* tile_counter;
-    int* added;        // (slots,): how many blocks of keys, or warps, have added to dq, where their order is fixed
-    float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
-    float* delta;      // (slots, kBlockM): row sums of out * dout
-    float* dq;         // (slots, kBlockM * kDqWidth), float32, in the order of the accumulator registers
-    // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
-    int splits;
-    int64_t key_slots_per_head;    // blocks of keys have slots as well, of each part of each key head
-    float *dk_shares, *dv_shares;  // (key slots, kBlockN * HeadDim), as dq; null without splits
-};
-
-// As few as make two tiles for each SM, so that the longest of them are not what everybody waits for.
-template <int HeadDim>
-int query_head_splits(const AttentionShape& shape, int sm_count) {
-    constexpr int kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
-    const int group = shape.heads / shape.kv_heads;
-    const int64_t blocks = shape.cu_seqlens ? shape.k_len / kBlockN + 1 : shape.batch * ceil_div(shape.k_len, kBlockN);
-    int splits = 1;
-    while (splits < group && (group % splits || blocks * shape.kv_heads * splits < 2 * int64_t(sm_count))) ++splits;
-    return splits;
-}
-
-template <int HeadDim>
-int64_t attention_bwd_workspace(const AttentionShape& shape, int sm_count, void* base,
-                                AttentionBwdWorkspace* workspace) {
-    constexpr int kBlockM = AttentionBwdBlock<HeadDim>::kBlockM, kBlockN = AttentionBwdBlock<HeadDim>::kBlockN;
-    auto slots_per_head = [&](int rows, int block) {
-        return shape.cu_seqlens ? rows / block + int64_t(shape.batch) : ceil_div(rows, block);
-    };
-    const int64_t batch = shape.cu_seqlens ? 1 : shape.batch;
-    workspace->slots_per_head = slots_per_head(shape.q_len, kBlockM);
-    workspace->key_slots_per_head = slots_per_head(shape.k_len, kBlockN);
-    workspace->splits = query_head_splits<HeadDim>(shape, sm_count);
-    const int64_t slots = workspace->slots_per_head * shape.heads * batch;
-    const int64_t key_slots =
-        workspace->splits == 1 ? 0 : workspace->key_slots_per_head * shape.kv_heads * workspace->splits * batch;
-    char* at = static_cast<char*>(base);
-    auto take = [&](int64_t bytes) {
-        char* taken = at;
-        at += (bytes + 255) / 256 * 256;
-        return taken;
-    };
-    workspace->tile_counter = reinterpret_cast<int*>(take(sizeof(int)));
-    workspace->added = reinterpret_cast<int*>(take(slots * sizeof(int)));
-    workspace->minus_lse = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
-    workspace->delta = reinterpret_cast<float*>(take(slots * kBlockM * sizeof(float)));
-    constexpr int kDqSize = kBlockM * AttentionBwdBlock<HeadDim>::kDqWidth;
-    workspace->dq = reinterpret_cast<float*>(take(slots * kDqSize * sizeof(float)));
-    workspace->dk_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
-    workspace->dv_shares = reinterpret_cast<float*>(take(key_slots * kBlockN * HeadDim * sizeof(float)));
-    return at - static_cast<char*>(base);
-}
-
-// The main kernel.
-template <int HeadDim>
-struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
-    using AttentionBwdBlock<HeadDim>::kBlockM;
-    using AttentionBwdBlock<HeadDim>::kBlockN;
-    using AttentionBwdBlock<HeadDim>::kSplitDqRows;
-    using AttentionBwdBlock<HeadDim>::kDqColumns;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int kProducerRegisters = HeadDim == 64 ? 24 : 40;
+    static constexpr int kConsumerRegisters = HeadDim == 64 ? 240 : 232;
     static constexpr int kStages = 2;
     // The two warpgroups share out the keys; or, where registers do not hold whole rows of dk and dv, their columns.
     // Then each computes the scores of half of the queries, and exponentials go through shared memory like dscores.
@@ -88,9 +24,6 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     // Whether dv multiplies while dscores are turned into gradients: both need the registers of a block of scores.
     static constexpr bool kDvFirst = HeadDim == 96 || HeadDim == 128;
 
-    static constexpr int kPanel = HeadDim % 64 ? 32 : 64;  // columns of a swizzled panel
-    static constexpr int kRowBytes = 2 * kPanel;
-    static constexpr int kPanels = HeadDim / kPanel;
     static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
     static constexpr int kQBytes = 2 * kBlockM * HeadDim;
     static constexpr int kStatisticsBytes = 4 * kBlockM;
@@ -100,7 +33,7 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
     static constexpr bool kDirectDq = kSplitColumns;
     static constexpr int kDqRegisters = kDqColumns / 2;
     static constexpr int kDqBytes = 4 * kWarpgroup * kDqRegisters;  // of one warpgroup
-    static constexpr int kOutBytes = 64 * 2 * kGradientColumns;  // of one warpgroup
+    static constexpr int kOutBytes = 64 * 2 * kGradientColumns;     // of one warpgroup
 
     struct Shared {
         alignas(1024) char k[kKvBytes];
@@ -111,63 +44,99 @@ struct AttentionBwdTraits : AttentionBwdBlock<HeadDim> {
         char ds[kDsBytes];
         // Exponentials, where columns are split; or rows on their way out, which else go over k and v.
         char exponentials_or_out[kSplitColumns ? kDsBytes : kConsumers * kOutBytes];
-        char dq[kDirectDq ? 16 : kConsumers * kDqBytes];
+        char dq[kConsumers][kDirectDq ? 16 : kDqBytes];
         float lse[kStages][kBlockM], delta[kStages][kBlockM];
         AttentionTile tiles[2];
         uint64_t q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
         uint64_t dq_full[kConsumers], dq_empty[kConsumers];
         uint64_t tile_full[2], tile_empty[2];
-        uint64_t kv_full, kv_empty, ds_empty;
+        uint64_t kv_full[1], kv_empty[1], ds_empty[1];
+
+        GK_DEVICE char* out(int group) { return (kSplitColumns ? k : exponentials_or_out) + group * kOutBytes; }
     };
-    static constexpr uint32_t kK = offsetof(Shared, k), kV = offsetof(Shared, v);
-    static constexpr uint32_t kQ = offsetof(Shared, q), kDout = offsetof(Shared, dout);
-    static constexpr uint32_t kDs = offsetof(Shared, ds), kProbabilities = offsetof(Shared, exponentials_or_out);
-    static constexpr uint32_t kDq = offsetof(Shared, dq), kOut = kSplitColumns ? kK : kProbabilities;
-    static constexpr uint32_t kLse = offsetof(Shared, lse), kDelta = offsetof(Shared, delta);
-    static constexpr uint32_t kTiles = offsetof(Shared, tiles);
-    static constexpr uint32_t kQFull = offsetof(Shared, q_full), kQEmpty = offsetof(Shared, q_empty);
-    static constexpr uint32_t kDoutFull = offsetof(Shared, dout_full), kDoutEmpty = offsetof(Shared, dout_empty);
-    static constexpr uint32_t kDqFull = offsetof(Shared, dq_full), kDqEmpty = offsetof(Shared, dq_empty);
-    static constexpr uint32_t kTileFull = offsetof(Shared, tile_full), kTileEmpty = offsetof(Shared, tile_empty);
-    static constexpr uint32_t kKvFull = offsetof(Shared, kv_full), kKvEmpty = offsetof(Shared, kv_empty);
-    static constexpr uint32_t kDsEmpty = offsetof(Shared, ds_empty);
-    static constexpr int kSharedBytes = sizeof(Shared);
-    static_assert(kSharedBytes <= 232448, "");
+    static_assert(sizeof(Shared) <= 232448, "");
 };
 
-struct AttentionBwdArguments {
-    CUtensorMap q, dout, k, v;
-    AttentionShape shape;
-    AttentionTileOrder order;  // over blocks of keys, of each part of each key head
-    int group;                 // query heads of a part
-    AttentionOutput dk, dv;
-    AttentionBwdWorkspace workspace;
-    DqOrder dq_order;
+// Blocks of queries have slots in the workspace: of each query head of each sequence, one after the other.
+struct AttentionBwdWorkspace {
+    int* tile_counter;
+    int* added;        // (slots,): how many blocks of keys, or warps, have added to dq, where their order is fixed
+    float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
+    float* delta;      // (slots, kBlockM): row sums of out * dout
+    float* dq;         // (slots, kBlockM * kDqWidth), float32, in the order of the accumulator registers
+    // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
+    int splits;
+    // Blocks of keys have slots as well, of each part of each key head.
+    float *dk_shares, *dv_shares;  // (key slots, kBlockN * HeadDim), as dq; null without splits
 };
 
-#ifdef __CUDACC__
-
-// The slot of a sequence's first block of queries. Documents start at multiples of BlockM, at no more than one block's
-// distance beyond their number.
-template <int BlockM>
-__device__ __forceinline__ int64_t first_slot(const AttentionShape& shape, const AttentionBwdWorkspace& workspace,
-                                              const AttentionTile& tile, int head) {
-    if (shape.cu_seqlens) return head * workspace.slots_per_head + (tile.q_row + tile.batch * BlockM) / BlockM;
-    return (int64_t(tile.batch) * shape.heads + head) * workspace.slots_per_head;
+// As few as make two tiles for each SM, so that the longest of them are not what everybody waits for.
+template <int HeadDim>
+int query_head_splits(const AttentionShape& shape, int sm_count) {
+    constexpr int kBlockN = AttentionBwdTraits<HeadDim>::kBlockN;
+    const int group = shape.heads / shape.kv_heads;
+    const int64_t blocks = shape.cu_seqlens ? shape.k_len / kBlockN + 1 : shape.batch * ceil_div(shape.k_len, kBlockN);
+    int splits = 1;
+    while (splits < group && (group % splits || blocks * shape.kv_heads * splits < 2 * int64_t(sm_count))) ++splits;
+    return splits;
 }
 
-// The slot of a block of keys; `part` counts the parts of all key heads.
-template <int BlockN>
-__device__ __forceinline__ int64_t key_slot(const AttentionShape& shape, const AttentionBwdWorkspace& workspace,
-                                            const AttentionTile& tile, int part) {
-    const int64_t parts = shape.cu_seqlens ? part : int64_t(tile.batch) * shape.kv_heads * workspace.splits + part;
-    const int64_t first = shape.cu_seqlens ? (tile.k_row + tile.batch * BlockN) / BlockN : 0;
-    return parts * workspace.key_slots_per_head + first + tile.block;
+// Of all three kernels.
+struct AttentionBwdArguments {
+    AttentionBwdParams params;
+    AttentionBwdWorkspace workspace;
+    AttentionTileOrder query_order, key_order;  // over blocks of queries, and of keys of each key head
+    AttentionTileOrder part_order;              // over blocks of keys, of each part of each key head
+    int group;                                  // query heads of a part
+    int first_tile;                             // that the main kernel's CTAs take from the counter
+    CUtensorMap q, dout, k, v;
+    AttentionOutput dk, dv;
+};
+
+// All but the maps; the tensors are not looked at. Returns how many bytes the workspace has.
+template <int HeadDim>
+int64_t attention_bwd_plan(const AttentionBwdParams& params, AttentionBwdArguments* args) {
+    using Traits = AttentionBwdTraits<HeadDim>;
+    const AttentionShape& shape = params.shape;
+    AttentionBwdWorkspace& workspace = args->workspace;
+    workspace.splits = query_head_splits<HeadDim>(shape, params.sm_count);
+    const int parts = shape.kv_heads * workspace.splits;
+    args->params = params;
+    args->group = shape.heads / parts;
+    args->query_order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM);
+    args->key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN);
+    // Queries, dout and float32 dq are what blocks of keys share.
+    args->part_order = attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
+                                            int64_t(shape.q_len) * HeadDim * 8 * args->group);
+    const int64_t slots = args->query_order.tiles, key_slots = workspace.splits == 1 ? 0 : args->part_order.tiles;
+    int64_t bytes = 0;
+    auto take = [&](auto*& array, int64_t count) {
+        array =
+            reinterpret_cast<std::remove_reference_t<decltype(array)>>(static_cast<char*>(params.workspace) + bytes);
+        bytes += (count * sizeof(*array) + 255) / 256 * 256;
+    };
+    take(workspace.tile_counter, 1);
+    take(workspace.added, slots);
+    take(workspace.minus_lse, slots * Traits::kBlockM);
+    take(workspace.delta, slots * Traits::kBlockM);
+    take(workspace.dq, slots * Traits::kBlockM * Traits::kDqWidth);
+    take(workspace.dk_shares, key_slots * Traits::kBlockN * HeadDim);
+    take(workspace.dv_shares, key_slots * Traits::kBlockN * HeadDim);
+    return bytes;
+}
+
+// The slot of the first block of a head's rows, which start at `row`. Documents start at multiples of BlockRows, at no
+// more than one block's distance beyond their number.
+template <int BlockRows>
+GK_DEVICE int64_t first_slot(const AttentionShape& shape, const AttentionTileOrder& order, const AttentionTile& tile,
+                             int head, int row) {
+    if (shape.cu_seqlens) return int64_t(head) * order.blocks + (row + tile.batch * BlockRows) / BlockRows;
+    return (int64_t(tile.batch) * order.heads + head) * order.blocks;
 }
 
 // Blocks of queries that see any key of this block.
 template <int BlockM, int BlockN>
-__device__ __forceinline__ BlockRange query_blocks(const AttentionShape& shape, const AttentionTile& tile) {
+GK_DEVICE BlockRange query_blocks(const AttentionShape& shape, const AttentionTile& tile) {
     const int offset = tile.k_len - tile.q_len;
     const int first_key = tile.block * BlockN;
     const int last_key = min(first_key + BlockN, tile.k_len) - 1;
@@ -177,9 +146,24 @@ __device__ __forceinline__ BlockRange query_blocks(const AttentionShape& shape, 
     return {first / BlockM, last / BlockM + 1};
 }
 
+// Calls work(head, block, its slot) for the blocks of queries that a tile of the main kernel meets. From the last to
+// the first: blocks of keys add to dq in ascending order, and so a CTA rarely has to wait for the one before it, which
+// has begun with queries that this one does not see, or with the same ones earlier.
+template <int HeadDim, class Work>
+GK_DEVICE void for_each_query_block(const AttentionBwdArguments& args, const AttentionTile& tile, Work work) {
+    using Traits = AttentionBwdTraits<HeadDim>;
+    const BlockRange blocks = query_blocks<Traits::kBlockM, Traits::kBlockN>(args.params.shape, tile);
+#pragma unroll 1
+    for (int head = tile.head * args.group; head < (tile.head + 1) * args.group; ++head) {
+        const int64_t first = first_slot<Traits::kBlockM>(args.params.shape, args.query_order, tile, head, tile.q_row);
+#pragma unroll 1
+        for (int m = blocks.end - 1; m >= blocks.begin; --m) work(head, m, first + m);
+    }
+}
+
 // Blocks of keys that see a block of queries: those that add to its dq.
 template <int BlockM, int BlockN>
-__device__ __forceinline__ BlockRange adding_blocks(const AttentionShape& shape, const AttentionTile& tile, int m) {
+GK_DEVICE BlockRange adding_blocks(const AttentionShape& shape, const AttentionTile& tile, int m) {
     const int first = visible_keys(shape, tile, m * BlockM).first;
     const int last = visible_keys(shape, tile, min((m + 1) * BlockM, tile.q_len) - 1).last;
     if (last < 0 || min((last / BlockN + 1) * BlockN, tile.k_len) <= tile.key_start) return {0, 0};
@@ -188,18 +172,29 @@ __device__ __forceinline__ BlockRange adding_blocks(const AttentionShape& shape,
 
 // How many blocks of keys add to a block of dq before this one; -1 where the order is not fixed.
 template <int HeadDim>
-__device__ __forceinline__ int adding_before(const AttentionBwdArguments& args, const AttentionTile& tile, int m) {
-    using Block = AttentionBwdBlock<HeadDim>;
-    if (args.dq_order == DqOrder::kAny) return -1;
-    const BlockRange adding = adding_blocks<Block::kBlockM, Block::kBlockN>(args.shape, tile, m);
-    return args.dq_order == DqOrder::kAscending ? tile.block - adding.begin : adding.end - 1 - tile.block;
+GK_DEVICE int adding_before(const AttentionBwdArguments& args, const AttentionTile& tile, int m) {
+    using Traits = AttentionBwdTraits<HeadDim>;
+    if (!args.params.dq_in_order) return -1;
+    return tile.block - adding_blocks<Traits::kBlockM, Traits::kBlockN>(args.params.shape, tile, m).begin;
+}
+
+// Calls put with each four registers of an accumulator and their place in `to`, where a warpgroup's accumulators lie in
+// the order of their registers.
+template <int R, class Put>
+GK_DEVICE void put_accumulators(const float (&x)[R], void* to, Put put) {
+    float4* at = static_cast<float4*>(to) + threadIdx.x % kWarpgroup;
+#pragma unroll
+    for (int i = 0; i < R; i += 4) put(at[i / 4 * kWarpgroup], float4{x[i], x[i + 1], x[i + 2], x[i + 3]});
+}
+
+template <int R>
+GK_DEVICE void put_accumulators(const float (&x)[R], void* to) {
+    put_accumulators(x, to, [](float4& at, float4 value) { at = value; });
 }
 
 // Queries that see a key, first ... last, both included; `last` may be before the sequence's first query.
-__device__ __forceinline__ KeyRange visible_queries(const AttentionShape& shape, const AttentionTile& tile, int key) {
+GK_DEVICE KeyRange visible_queries(const AttentionShape& shape, const AttentionTile& tile, int key) {
     const int diagonal = key - (tile.k_len - tile.q_len);
     const bool any = key >= tile.key_start && key < tile.k_len;
     return {any ? diagonal - shape.right : kUnbounded, min(tile.q_len - 1, diagonal + shape.left)};
 }
-
-#endif  // __CUDACC__

@@ -1,9 +1,45 @@
-// What a warpgroup of the forward pass does with each tile: it owns 64 queries, and multiplies the next scores while it
-// exponentiates the last ones.
+// What the forward pass's kernel keeps in shared memory, and what a warpgroup of it does with each tile.
 #pragma once
-#include "attention/attention_fwd_tile.cuh"
 #include "attention/attention_softmax.cuh"
+#include "attention/attention_tile.cuh"
 
+template <int HeadDim>  // 64, 96, 128, 192 or 256: what smaller heads are padded to, in shared memory
+struct AttentionFwdTraits : AttentionPanels<HeadDim> {
+    static constexpr int kConsumers = HeadDim == 64 ? 3 : 2;
+    static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    static constexpr int kBlockM = 64 * kConsumers;
+    static constexpr int kBlockN = HeadDim == 256 ? 80 : HeadDim == 192 ? 112 : 128;
+    static constexpr int kStages = 2;
+    static constexpr bool kOutOverQ = HeadDim >= 192;  // no shared memory left for both
+    static constexpr int kQStages = kOutOverQ ? 1 : 2;
+    static constexpr bool kPingpong = HeadDim <= 128;
+
+    static constexpr int kKvBytes = 2 * kBlockN * HeadDim;
+    static constexpr int kQBytes = 2 * 64 * HeadDim;  // of one warpgroup, as its output
+
+    struct Shared {
+        alignas(1024) char k[kStages][kKvBytes];
+        char v[kStages][kKvBytes];
+        char q[kQStages][kConsumers][kQBytes];
+        char out[kOutOverQ ? 1 : kConsumers][kOutOverQ ? 16 : kQBytes];
+        AttentionTile tiles[2];
+        uint64_t q_full[kQStages], q_empty[kQStages];
+        uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+        uint64_t tile_full[2], tile_empty[2];
+    };
+    static_assert(sizeof(Shared) <= 232448 && kKvBytes % 1024 == 0 && kQBytes % 1024 == 0, "");
+};
+
+struct AttentionFwdArguments {
+    AttentionFwdParams params;
+    AttentionTileOrder order;
+    CUtensorMap q, k, v;
+    AttentionOutput out;
+};
+
+// A warpgroup owns 64 queries, and multiplies the next scores while it exponentiates the last ones.
 template <class T, int HeadDim>
 struct AttentionFwdConsumer {
     using Traits = AttentionFwdTraits<HeadDim>;
@@ -11,15 +47,14 @@ struct AttentionFwdConsumer {
     static constexpr int kTurn = 1, kGroup = 4, kEveryGroup = 7;  // named barriers; of the first two one per group
 
     const AttentionFwdArguments& args;
-    char* const base;
+    typename Traits::Shared& shared;
     const int group;
-    const AttentionShape& shape = args.shape;
-    const uint32_t shared = shared_address(base);
+    const AttentionShape& shape = args.params.shape;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const uint64_t k_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kK);
+    const uint64_t k_operand = operand_depth_in_rows<Traits::kRowBytes>(shared_address(shared.k));
     const uint64_t v_operand =
-        operand_depth_across_rows<Traits::kRowBytes>(shared + Traits::kV, Traits::kBlockN * Traits::kRowBytes);
-    const uint64_t q_operand = operand_depth_in_rows<Traits::kRowBytes>(shared + Traits::kQ + group * Traits::kQBytes);
+        operand_depth_across_rows<Traits::kRowBytes>(shared_address(shared.v), Traits::kBlockN * Traits::kRowBytes);
+    const uint64_t q_operand = operand_depth_in_rows<Traits::kRowBytes>(shared_address(shared.q[0][group]));
 
     float scores[kScores], output[kOutputs];
     uint32_t probabilities[kScores / 2];  // exponentials, packed: operand A of the second product
@@ -27,18 +62,18 @@ struct AttentionFwdConsumer {
     RingPlace<Traits::kQStages> q_place;
     RingPlace<2> slot;
 
-    __device__ __forceinline__ void run() {
+    GK_DEVICE void run() {
         if (Traits::kPingpong && group == Traits::kConsumers - 1) pass_turn();
         while (true) {
-            mbarrier_wait(shared + Traits::kTileFull + 8 * slot.stage(), slot.parity());
-            const AttentionTile tile = reinterpret_cast<AttentionTile*>(base + Traits::kTiles)[slot.stage()];
+            mbarrier_wait(slot.of(shared.tile_full), slot.parity());
+            const AttentionTile tile = shared.tiles[slot.stage()];
             __syncwarp();
-            arrive(Traits::kTileEmpty + 8 * slot.stage());
+            warp_arrive(slot.of(shared.tile_empty));
             slot.advance();
             if (tile.block < 0) break;
-            AttentionSoftmax softmax(shape.scale * 1.44269504088896f);
+            AttentionSoftmax softmax = {shape.scale * kLog2E};
             attend(tile, softmax);
-            if (!Traits::kOutOverQ) arrive(Traits::kQEmpty + 8 * q_place.stage());
+            if (!Traits::kOutOverQ) warp_arrive(q_place.of(shared.q_empty));
             softmax.finish();
             store(tile, softmax);
             q_place.advance();
@@ -47,15 +82,11 @@ struct AttentionFwdConsumer {
     }
 
     // The first of the warpgroup's queries, and the first of this thread's two, which are 8 apart.
-    __device__ __forceinline__ int group_row(const AttentionTile& tile) {
-        return tile.block * Traits::kBlockM + group * 64;
-    }
-    __device__ __forceinline__ int thread_row(const AttentionTile& tile) {
-        return group_row(tile) + warp * 16 + lane / 4;
-    }
+    GK_DEVICE int group_row(const AttentionTile& tile) { return tile.block * Traits::kBlockM + group * 64; }
+    GK_DEVICE int thread_row(const AttentionTile& tile) { return group_row(tile) + warp * 16 + lane / 4; }
 
     // Output of a tile, not yet divided by the sums, from the last block of keys to the first.
-    __device__ __forceinline__ void attend(const AttentionTile& tile, AttentionSoftmax& softmax) {
+    GK_DEVICE void attend(const AttentionTile& tile, AttentionSoftmax& softmax) {
         const int row = thread_row(tile);
         const BlockRange blocks =
             key_blocks<Traits::kBlockN>(shape, tile, tile.block * Traits::kBlockM, Traits::kBlockM);
@@ -66,66 +97,54 @@ struct AttentionFwdConsumer {
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) output[i] = 0.f;
 
-        mbarrier_wait(shared + Traits::kQFull + 8 * q_place.stage(), q_place.parity());
+        mbarrier_wait(q_place.of(shared.q_full), q_place.parity());
         if (blocks.begin >= blocks.end) return;
-        mbarrier_wait(shared + Traits::kKFull + 8 * k_place.stage(), k_place.parity());
+        mbarrier_wait(k_place.of(shared.k_full), k_place.parity());
         multiply_scores();
         wgmma_wait<0>();
         pin(scores);
-        release_k();
+        release(shared.k_empty, k_place);
         mask(blocks.end - 1, keys, common);
         softmax.update(scores);
-        pack_probabilities();
+        pack<T>(probabilities, scores);
         if (shape.cu_seqlens && blocks.end * Traits::kBlockN > tile.k_len)
             clear_values(tile.k_len - (blocks.end - 1) * Traits::kBlockN);
         for (int n = blocks.end - 2; n >= blocks.begin; --n) {
-            mbarrier_wait(shared + Traits::kKFull + 8 * k_place.stage(), k_place.parity());
+            mbarrier_wait(k_place.of(shared.k_full), k_place.parity());
             wait_turn();
             multiply_scores();
-            mbarrier_wait(shared + Traits::kVFull + 8 * v_place.stage(), v_place.parity());
+            mbarrier_wait(v_place.of(shared.v_full), v_place.parity());
             multiply_output();
             pass_turn();
             wgmma_wait<1>();
             pin(scores);
-            release_k();
+            release(shared.k_empty, k_place);
             mask(n, keys, common);
             const bool rescale = softmax.update(scores);
             wgmma_wait<0>();
             pin(output);
             pin(probabilities);
-            release_v();
+            release(shared.v_empty, v_place);
             if (rescale) {
 #pragma unroll
                 for (int i = 0; i < kOutputs; ++i) output[i] *= softmax.factor[i / 2 % 2];
             }
-            pack_probabilities();
+            pack<T>(probabilities, scores);
         }
-        mbarrier_wait(shared + Traits::kVFull + 8 * v_place.stage(), v_place.parity());
+        mbarrier_wait(v_place.of(shared.v_full), v_place.parity());
         multiply_output();
         wgmma_wait<0>();
         pin(output);
-        release_v();
+        release(shared.v_empty, v_place);
     }
 
-    __device__ __forceinline__ void arrive(uint32_t barrier) {
-        if (lane == 0) mbarrier_arrive(shared + barrier);
+    GK_DEVICE void multiply_scores() {
+        multiply_tiles<T, HeadDim, Traits::kBlockN, 64, Traits::kBlockN>(
+            scores, q_operand + (q_place.stage() * Traits::kConsumers * Traits::kQBytes >> 4),
+            k_operand + (k_place.stage() * Traits::kKvBytes >> 4));
     }
 
-    __device__ __forceinline__ void multiply_scores() {
-        const uint64_t a = q_operand + (q_place.stage() * Traits::kConsumers * Traits::kQBytes >> 4);
-        const uint64_t b = k_operand + (k_place.stage() * Traits::kKvBytes >> 4);
-        wgmma_fence();
-#pragma unroll
-        for (int d = 0; d < HeadDim; d += 16) {
-            const int panel = d / Traits::kPanel, within = d % Traits::kPanel * 2;
-            Wgmma<Traits::kBlockN, T, false, false>::multiply(
-                scores, a + (panel * 64 * Traits::kRowBytes + within >> 4),
-                b + (panel * Traits::kBlockN * Traits::kRowBytes + within >> 4), d > 0);
-        }
-        wgmma_commit();
-    }
-
-    __device__ __forceinline__ void multiply_output() {
+    GK_DEVICE void multiply_output() {
         const uint64_t b = v_operand + (v_place.stage() * Traits::kKvBytes >> 4);
         wgmma_fence();
 #pragma unroll
@@ -135,32 +154,22 @@ struct AttentionFwdConsumer {
         wgmma_commit();
     }
 
-    __device__ __forceinline__ void release_k() {
-        arrive(Traits::kKEmpty + 8 * k_place.stage());
-        k_place.advance();
-    }
-
-    __device__ __forceinline__ void release_v() {
-        arrive(Traits::kVEmpty + 8 * v_place.stage());
-        v_place.advance();
-    }
-
-    __device__ __forceinline__ void pack_probabilities() {
-#pragma unroll
-        for (int i = 0; i < kScores; i += 2) probabilities[i / 2] = pack<T>(scores[i], scores[i + 1]);
+    GK_DEVICE void release(const uint64_t (&empty)[Traits::kStages], RingPlace<Traits::kStages>& place) {
+        warp_arrive(place.of(empty));
+        place.advance();
     }
 
     // The warpgroups take turns to issue their products, so that one multiplies while another exponentiates.
-    __device__ __forceinline__ void wait_turn() {
+    GK_DEVICE void wait_turn() {
         if constexpr (Traits::kPingpong) named_barrier_sync(kTurn + group, 2 * kWarpgroup);
     }
 
-    __device__ __forceinline__ void pass_turn() {
+    GK_DEVICE void pass_turn() {
         if constexpr (Traits::kPingpong)
             named_barrier_arrive(kTurn + (group + 1 == Traits::kConsumers ? 0 : group + 1), 2 * kWarpgroup);
     }
 
-    __device__ __forceinline__ void mask(int n, const KeyRange (&keys)[2], KeyRange common) {
+    GK_DEVICE void mask(int n, const KeyRange (&keys)[2], KeyRange common) {
         const int first = n * Traits::kBlockN;
         if (first >= common.first && first + Traits::kBlockN - 1 <= common.last) return;
         const int column = first + lane % 4 * 2;
@@ -169,16 +178,14 @@ struct AttentionFwdConsumer {
     }
 
     // Of the block of values at hand from row `from` on: another sequence's.
-    __device__ __forceinline__ void clear_values(int from) {
-        mbarrier_wait(shared + Traits::kVFull + 8 * v_place.stage(), v_place.parity());
-        clear_rows<Traits::kPanels, Traits::kBlockN, Traits::kRowBytes>(
-            base + Traits::kV + v_place.stage() * Traits::kKvBytes, from, threadIdx.x - kWarpgroup,
-            Traits::kConsumers * kWarpgroup);
+    GK_DEVICE void clear_values(int from) {
+        mbarrier_wait(v_place.of(shared.v_full), v_place.parity());
+        clear_rows<HeadDim, Traits::kBlockN, Traits::kConsumers>(shared.v[v_place.stage()], from);
         fence_async_proxy();
         named_barrier_sync(kEveryGroup, Traits::kConsumers * kWarpgroup);
     }
 
-    __device__ __forceinline__ void store(const AttentionTile& tile, const AttentionSoftmax& softmax) {
+    GK_DEVICE void store(const AttentionTile& tile, const AttentionSoftmax& softmax) {
         if (Traits::kOutOverQ)
             named_barrier_sync(kGroup + group, kWarpgroup);  // all four warps have read Q
         else
@@ -186,18 +193,18 @@ struct AttentionFwdConsumer {
         __syncwarp();
         const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
         const int first_row = group_row(tile) + warp * 16, row = thread_row(tile);
-        char* rows = base + Traits::kOut + group * Traits::kQBytes + warp * (Traits::kQBytes / 4);
+        char* rows = (Traits::kOutOverQ ? shared.q[0][group] : shared.out[group]) + warp * (Traits::kQBytes / 4);
         store_warp_rows<T, Traits::kPanel>(output, inverse, rows, args.out, shape, tile, tile.q_row + first_row,
                                            tile.q_len - first_row, 0);
         const int64_t lse_row = shape.cu_seqlens ? int64_t(tile.head) * shape.q_len + tile.q_row
                                                  : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            if (lane % 4 == 0 && row + 8 * h < tile.q_len) args.lse[lse_row + row + 8 * h] = softmax.lse(h);
+            if (lane % 4 == 0 && row + 8 * h < tile.q_len) args.params.lse[lse_row + row + 8 * h] = softmax.lse(h);
         if (Traits::kOutOverQ) {
             bulk_wait_read();
             __syncwarp();
-            arrive(Traits::kQEmpty + 8 * q_place.stage());
+            warp_arrive(q_place.of(shared.q_empty));
         }
     }
 };

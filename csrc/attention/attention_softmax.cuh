@@ -6,17 +6,12 @@
 // and the output are relative to it that is exact, and most blocks need not rescale the output.
 struct AttentionSoftmax {
     static constexpr float kLag = 8.f;
-    float max[2], sum[2], factor[2];
-    float scale;  // of the scores, times log2(e)
-
-    __device__ __forceinline__ explicit AttentionSoftmax(float scale) : scale(scale) {
-        max[0] = max[1] = -INFINITY;
-        sum[0] = sum[1] = 0.f;
-    }
+    const float scale;  // of the scores, times log2(e)
+    float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f}, factor[2];
 
     // Turns scores into exponentials; true if what was summed before must be multiplied by `factor`.
     template <int R>
-    __device__ __forceinline__ bool update(float (&s)[R]) {
+    GK_DEVICE bool update(float (&s)[R]) {
         // Two chains for each row: one alone would wait for its own last result most of the time.
         float block_max[2] = {max[0], max[1]}, other_max[2] = {s[0], s[2]};
 #pragma unroll
@@ -28,9 +23,8 @@ struct AttentionSoftmax {
             }
         }
 #pragma unroll
-        for (int h = 0; h < 2; ++h) block_max[h] = fmaxf(block_max[h], other_max[h]);
-#pragma unroll
         for (int h = 0; h < 2; ++h) {
+            block_max[h] = fmaxf(block_max[h], other_max[h]);
             block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 1));
             block_max[h] = fmaxf(block_max[h], __shfl_xor_sync(~0u, block_max[h], 2));
         }
@@ -54,10 +48,10 @@ struct AttentionSoftmax {
     }
 
     // What a row's scores are relative to: a row that has seen no key yet must not compute -inf - -inf.
-    static __device__ __forceinline__ float reference(float max) { return max == -INFINITY ? 0.f : max; }
+    static GK_DEVICE float reference(float max) { return max == -INFINITY ? 0.f : max; }
 
     // Sums over the four threads that share a row.
-    __device__ __forceinline__ void finish() {
+    GK_DEVICE void finish() {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -66,9 +60,9 @@ struct AttentionSoftmax {
     }
 
     // A row that sees no key has output 0.
-    __device__ __forceinline__ float inverse_sum(int h) const { return sum[h] == 0.f ? 0.f : 1.f / sum[h]; }
+    GK_DEVICE float inverse_sum(int h) const { return sum[h] == 0.f ? 0.f : 1.f / sum[h]; }
 
-    __device__ __forceinline__ float lse(int h) const {
+    GK_DEVICE float lse(int h) const {
         constexpr float kLn2 = 0.693147180559945f;
         return sum[h] == 0.f ? -INFINITY : kLn2 * fmaf(reference(max[h]), scale, log2f(sum[h]));
     }

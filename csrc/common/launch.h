@@ -23,12 +23,11 @@ inline void check(cudaError_t status, const std::string& step) {
     throw LaunchError(step + ": " + cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
 }
 
-// Binds the current device's context to this thread, where nothing may have done so yet. Returns the device.
-inline int bind_device() {
+// Binds the current device's context to this thread, where nothing may have done so yet.
+inline void bind_device() {
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaSetDevice(device), "cudaSetDevice");
-    return device;
 }
 
 // More than 48 KB of dynamic shared memory has to be asked for, once per kernel and device.
@@ -56,36 +55,26 @@ struct LaunchShape {
 template <auto* kKernel, class... Arguments>
 void launch(const char* name, const LaunchShape& shape, const Arguments&... arguments) {
     allow_shared_memory<kKernel>(name, shape.shared_bytes);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = shape.grid;
-    config.blockDim = shape.block;
-    config.dynamicSmemBytes = shape.shared_bytes;
-    config.stream = shape.stream;
     cudaLaunchAttribute dependence = {};
     dependence.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     dependence.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &dependence;
-    config.numAttrs = shape.dependent;
+    const cudaLaunchConfig_t config = {shape.grid,   shape.block, size_t(shape.shared_bytes),
+                                       shape.stream, &dependence, shape.dependent};
     check(cudaLaunchKernelEx(&config, kKernel, arguments...), std::string("launch of ") + name);
 }
 
-// Calls work with a value of the C++ type that a DType stands for.
-template <typename Work>
-auto with_type(DType dtype, Work work) {
-    switch (dtype) {
-        case DType::kFloat32: return work(float{});
-        case DType::kFloat16: return work(__half{});
-        case DType::kBFloat16: return work(__nv_bfloat16{});
-    }
-    throw LaunchError("dtype must be one of csrc/common/dtype.h's, not " + std::to_string(int(dtype)));
-}
-
-// Of the types that tensor cores multiply.
+// Calls work with a value of the C++ type that a DType stands for, of those that tensor cores multiply.
 template <typename Work>
 auto with_half_type(DType dtype, Work work) {
     if (dtype == DType::kFloat16) return work(__half{});
     if (dtype == DType::kBFloat16) return work(__nv_bfloat16{});
-    throw LaunchError("dtype must be float16 or bfloat16, not " + std::to_string(int(dtype)));
+    throw LaunchError("dtype " + std::to_string(int(dtype)) + " is none of csrc/common/dtype.h's that this kernel takes");
+}
+
+// Of all types.
+template <typename Work>
+auto with_type(DType dtype, Work work) {
+    return dtype == DType::kFloat32 ? work(float{}) : with_half_type(dtype, work);
 }
 
 // Whether rows `stride` elements apart, starting at `base`, can be read in 16-byte words. Null pointers can.

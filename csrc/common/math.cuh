@@ -1,13 +1,15 @@
 // Approximate functions of the special function unit.
 #pragma once
 
-__device__ __forceinline__ float reciprocal_approx(float x) {
+#include "common/device.cuh"
+
+GK_DEVICE float reciprocal_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {
+GK_DEVICE float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;

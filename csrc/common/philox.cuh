@@ -3,8 +3,10 @@
 
 #include <cstdint>
 
+#include "common/device.cuh"
+
 // Word 0 of Philox4x32-10.
-__device__ __forceinline__ uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+GK_DEVICE uint32_t philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
@@ -20,6 +22,6 @@ __device__ __forceinline__ uint32_t philox(uint64_t seed, uint32_t c0, uint32_t 
     return c0;
 }
 
-__device__ __forceinline__ bool is_kept(uint64_t seed, int64_t row, int column, uint32_t drop_below) {
+GK_DEVICE bool is_kept(uint64_t seed, int64_t row, int column, uint32_t drop_below) {
     return philox(seed, column, static_cast<uint32_t>(row), static_cast<uint32_t>(row >> 32), 0) >= drop_below;
 }

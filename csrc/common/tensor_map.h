@@ -21,7 +21,7 @@ Function* driver_function(const char* name) {
 struct TensorMapShape {
     int rank;
     cuuint64_t sizes[4];    // innermost first
-    cuuint64_t strides[3];  // bytes, of the dimensions beyond the innermost
+    cuuint64_t strides[3];  // elements, of the dimensions beyond the innermost
     cuuint32_t box[4];
 };
 
@@ -42,13 +42,15 @@ struct TensorMapShape {
 
 // Of 16-bit elements; the swizzle is as wide as the box's rows. The thread must have a context: bind_device.
 template <class T>
-CUtensorMap encode_tensor_map(const char* tensor, const void* data, const TensorMapShape& shape) {
+CUtensorMap encode_tensor_map(const char* tensor, const void* data, TensorMapShape shape) {
     static std::atomic<decltype(&cuTensorMapEncodeTiled)> cached;
     auto encode = cached.load();
     if (!encode) cached = encode = driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
     const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const auto swizzle = shape.box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
     const cuuint32_t ones[4] = {1, 1, 1, 1};
+    // To bytes. A dimension of one entry may have any stride in torch; the driver wants a multiple of 16 bytes.
+    for (int i = 0; i + 1 < shape.rank; ++i) shape.strides[i] = shape.sizes[i + 1] > 1 ? 2 * shape.strides[i] : 16;
     CUtensorMap map;
     const CUresult status = encode(&map, type, shape.rank, const_cast<void*>(data), shape.sizes, shape.strides,
                                    shape.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,

@@ -6,20 +6,17 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+#include "common/device.cuh"
 
 template <typename T>
-__device__ __forceinline__ T from_float(float value);
-template <>
-__device__ __forceinline__ float from_float<float>(float value) { return value; }
-template <>
-__device__ __forceinline__ __half from_float<__half>(float value) { return __float2half_rn(value); }
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+GK_DEVICE float to_float(T value) {
+    return float(value);
+}
+
+template <typename T>
+GK_DEVICE T from_float(float value) {
+    return T(value);
+}
 
 // The elements of a thread's share that lie at [column, column + kElements) of a row of `columns`.
 constexpr int kElements = 8;
@@ -30,16 +27,14 @@ struct Packed {
     static constexpr int kPerWord = 16 / sizeof(T);
     uint4 words[kElements / kPerWord];
 
-    __device__ __forceinline__ float operator[](int i) const {
-        return to_float(reinterpret_cast<const T*>(words)[i]);
-    }
-    __device__ __forceinline__ void set(int i, float value) { reinterpret_cast<T*>(words)[i] = from_float<T>(value); }
+    GK_DEVICE float operator[](int i) const { return to_float(reinterpret_cast<const T*>(words)[i]); }
+    GK_DEVICE void set(int i, float value) { reinterpret_cast<T*>(words)[i] = from_float<T>(value); }
 };
 
 // aligned: `row` and the row's length are multiples of 16 bytes, so that whole 16-byte words can be read.
 // Elements past the end of the row read as 0.
 template <typename T>
-__device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int columns, bool aligned) {
+GK_DEVICE Packed<T> load_packed(const T* row, int column, int columns, bool aligned) {
     Packed<T> packed;
     constexpr int kPerWord = Packed<T>::kPerWord;
     if (aligned && column + kElements <= columns) {
@@ -55,7 +50,7 @@ __device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int c
 
 // kWhole: the row and its length are multiples of kElements elements and of 16 bytes, else nothing is.
 template <bool kWhole, typename T>
-__device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int columns) {
+GK_DEVICE Packed<T> load_packed(const T* row, int column, int columns) {
     if constexpr (!kWhole) return load_packed(row, column, columns, false);
     Packed<T> packed = {};
     if (column < columns) packed = load_packed(row, column, column + kElements, true);
@@ -63,7 +58,7 @@ __device__ __forceinline__ Packed<T> load_packed(const T* row, int column, int c
 }
 
 template <typename T>
-__device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, int column, int columns, bool aligned) {
+GK_DEVICE void store_packed(T* row, const Packed<T>& packed, int column, int columns, bool aligned) {
     constexpr int kPerWord = Packed<T>::kPerWord;
     if (aligned && column + kElements <= columns) {
 #pragma unroll
@@ -77,7 +72,7 @@ __device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, in
 }
 
 template <bool kWhole, typename T>
-__device__ __forceinline__ void store_packed(T* row, const Packed<T>& packed, int column, int columns) {
+GK_DEVICE void store_packed(T* row, const Packed<T>& packed, int column, int columns) {
     if constexpr (!kWhole)
         store_packed(row, packed, column, columns, false);
     else if (column < columns)

@@ -4,34 +4,18 @@
 #include "mlp/mlp.h"
 
 // 1 / (1 + 2^x)
-__device__ __forceinline__ float sigmoid_of_log2(float x) { return reciprocal_approx(1.f + exp2_approx(x)); }
+GK_DEVICE float sigmoid_of_log2(float x) { return reciprocal_approx(1.f + exp2_approx(x)); }
 
-__device__ __forceinline__ float sigmoid(float x) { return sigmoid_of_log2(-kLog2E * x); }
+GK_DEVICE float sigmoid(float x) { return sigmoid_of_log2(-kLog2E * x); }
 
 // (1 + tanh(u)) / 2 is sigmoid(2 u); 2 sqrt(2 / pi) = 1.5957...
-__device__ __forceinline__ float gelu_tanh_sigmoid(float x) {
+GK_DEVICE float gelu_tanh_sigmoid(float x) {
     constexpr float kLinear = -1.59576912160573f * kLog2E;
     return sigmoid_of_log2(x * (kLinear + kLinear * 0.044715f * (x * x)));
 }
 
 template <Activation A>
-__device__ __forceinline__ float activate(float x) {
-    if constexpr (A == Activation::kGeluTanh)
-        return x * gelu_tanh_sigmoid(x);
-    else if constexpr (A == Activation::kGelu)
-        return 0.5f * x * (1.f + erff(0.707106781186548f * x));
-    else if constexpr (A == Activation::kRelu)
-        return x < 0.f ? 0.f : x;
-    else if constexpr (A == Activation::kRelu2)
-        return x < 0.f ? 0.f : x * x;
-    else if constexpr (A == Activation::kSilu)
-        return x * sigmoid(x);
-    else
-        return x;
-}
-
-template <Activation A>
-__device__ __forceinline__ float activate_and_slope(float x, float* slope) {
+GK_DEVICE float activate_and_slope(float x, float* slope) {
     if constexpr (A == Activation::kGeluTanh) {
         const float s = gelu_tanh_sigmoid(x), act = x * s;
         *slope = s + (act - act * s) * (1.59576912160573f + 3.f * 0.0713548162726f * (x * x));
@@ -51,4 +35,10 @@ __device__ __forceinline__ float activate_and_slope(float x, float* slope) {
         *slope = s * (1.f + x * (1.f - s));
         return x * s;
     }
+}
+
+template <Activation A>
+GK_DEVICE float activate(float x) {
+    float slope;
+    return activate_and_slope<A>(x, &slope);
 }

@@ -7,7 +7,7 @@
 #include "mlp/mlp_epilogue.cuh"
 
 template <class Epilogue>
-__device__ __forceinline__ void mlp_produce(const MlpArguments& args, MlpShared& shared) {
+GK_DEVICE void mlp_produce(const MlpArguments& args, MlpShared& shared) {
     using Traits = MlpTraits;
     constexpr uint16_t kAll = (1 << Traits::kCluster) - 1;
     constexpr int kShare = Traits::kColumns / Traits::kCluster;  // of the weight's columns, that this CTA loads for all
@@ -16,9 +16,9 @@ __device__ __forceinline__ void mlp_produce(const MlpArguments& args, MlpShared&
     RingPlace<Traits::kStages> place;
     for_each_mlp_tile(args, [&](MlpTile tile) {
         for (int k = 0; k < args.K; k += Traits::kDepth, place.advance()) {
-            const uint32_t stage = place.stage(), full = shared_address(&shared.full[stage]);
+            const uint32_t stage = place.stage(), full = place.of(shared.full);
             const uint32_t b = shared_address(&shared.b[stage][share * Traits::kDepth]);
-            mbarrier_wait(shared_address(&shared.empty[stage]), place.parity() ^ 1);
+            mbarrier_wait(place.of(shared.empty), place.parity() ^ 1);
             mbarrier_arrive_expect(full, sizeof(shared.a[0]) + sizeof(shared.b[0]));
             tma_load_2d(shared_address(shared.a[stage]), &args.a, full, k, tile.row);
             if constexpr (Epilogue::kWeightAcross) {
@@ -33,17 +33,17 @@ __device__ __forceinline__ void mlp_produce(const MlpArguments& args, MlpShared&
 
 // total: this warpgroup's 64 rows of a tile. beside: called with each step while the tensor cores work at it.
 template <class T, class Epilogue, class Beside>
-__device__ __forceinline__ void mlp_multiply(const MlpArguments& args, MlpShared& shared, int group,
-                                             RingPlace<MlpTraits::kStages>& place,
-                                             float (&total)[MlpTraits::kColumns / 2], Beside beside) {
+GK_DEVICE void mlp_multiply(const MlpArguments& args, MlpShared& shared, int group,
+                            RingPlace<MlpTraits::kStages>& place, float (&total)[MlpTraits::kColumns / 2],
+                            Beside beside) {
     using Traits = MlpTraits;
     constexpr bool kAcross = Epilogue::kWeightAcross;
     constexpr int kRowBytes = Traits::kDepth * 2;
     const uint32_t a_address = shared_address(&shared.a[0][group * Traits::kGroupRows * Traits::kDepth]);
     const uint64_t a_operand = operand_depth_in_rows<128>(a_address);
     const uint32_t b_address = shared_address(shared.b);
-    const uint64_t b_operand = kAcross ? operand_depth_across_rows<128>(b_address, 64 * kRowBytes)
-                                       : operand_depth_in_rows<128>(b_address);
+    const uint64_t b_operand =
+        kAcross ? operand_depth_across_rows<128>(b_address, 64 * kRowBytes) : operand_depth_in_rows<128>(b_address);
     auto release = [&](uint32_t stage) {
         const int lane = threadIdx.x % 32;
         if (lane < Traits::kCluster) mbarrier_arrive_remote(shared_address(&shared.empty[stage]), lane);
@@ -51,7 +51,7 @@ __device__ __forceinline__ void mlp_multiply(const MlpArguments& args, MlpShared
     uint32_t last_stage = 0;
     for (int step = 0, steps = (args.K + Traits::kDepth - 1) / Traits::kDepth; step < steps; ++step, place.advance()) {
         const uint32_t stage = place.stage();
-        mbarrier_wait(shared_address(&shared.full[stage]), place.parity());
+        mbarrier_wait(place.of(shared.full), place.parity());
         const uint64_t a = a_operand + (stage * sizeof(shared.a[0]) >> 4);
         const uint64_t b = b_operand + (stage * sizeof(shared.b[0]) >> 4);
         wgmma_fence();
@@ -73,10 +73,10 @@ __device__ __forceinline__ void mlp_multiply(const MlpArguments& args, MlpShared
 }
 
 template <class T, class Epilogue>
-__device__ __forceinline__ void mlp_consume(const MlpArguments& args, MlpShared& shared, int group) {
+GK_DEVICE void mlp_consume(const MlpArguments& args, MlpShared& shared, int group) {
     using Traits = MlpTraits;
     const int warp = group * 4 + threadIdx.x / 32 % 4;
-    typename Epilogue::template Warp<T> epilogue(args, shared, warp);
+    Epilogue epilogue(args, shared, warp);
     RingPlace<Traits::kStages> place;
     float total[Traits::kColumns / 2];
     for_each_mlp_tile(args, [&](MlpTile tile) {
@@ -97,13 +97,9 @@ __global__ void __cluster_dims__(MlpTraits::kCluster, 1, 1) __launch_bounds__(Ml
     MlpShared& shared = *reinterpret_cast<MlpShared*>(base);
     const int warp = warp_index();
     if (warp == 0 && elect_one()) {
-        prefetch_tensor_map(&args.a);
-        prefetch_tensor_map(&args.b);
-        for (int i = 0; i < Traits::kStages; ++i) {
-            mbarrier_init(shared_address(&shared.full[i]), 1);
-            mbarrier_init(shared_address(&shared.empty[i]), Traits::kWarps * Traits::kCluster);
-        }
-        for (int i = 0; i < Traits::kWarps; ++i) mbarrier_init(shared_address(&shared.boxes_loaded[i]), 1);
+        prefetch_tensor_maps(args.a, args.b);
+        init_ring(shared.full, 1, shared.empty, Traits::kWarps * Traits::kCluster);
+        for (uint64_t& loaded : shared.boxes_loaded) mbarrier_init(shared_address(&loaded), 1);
         fence_mbarrier_init();
     }
     cluster_sync();
@@ -123,10 +119,8 @@ __global__ void __cluster_dims__(MlpTraits::kCluster, 1, 1) __launch_bounds__(Ml
 template <class T>
 CUtensorMap mlp_tensor_map(const char* tensor, const void* data, int rows, int columns, int64_t stride, int box_rows) {
     if (!data) return {};
-    // A single row may have any stride in torch; the driver wants a multiple of 16 bytes.
-    const cuuint64_t step = rows > 1 ? 2 * stride : 16;
-    return encode_tensor_map<T>(tensor, data,
-                                {2, {cuuint64_t(columns), cuuint64_t(rows)}, {step}, {64, cuuint32_t(box_rows)}});
+    return encode_tensor_map<T>(
+        tensor, data, {2, {cuuint64_t(columns), cuuint64_t(rows)}, {cuuint64_t(stride)}, {64, cuuint32_t(box_rows)}});
 }
 
 template <class T, class Epilogue>
@@ -169,7 +163,7 @@ void mlp_fwd_launch(const MlpFwdParams& p, cudaStream_t stream) {
     args.has_epilogue_in = p.residual, args.has_side_out = p.preact;
     args.M = p.M, args.N = p.N, args.K = p.K;
     with_activation(p.activation, [&](auto a) {
-        using Epilogue = std::conditional_t<a.value == Activation::kNone, MlpLinear, MlpActivate<a.value>>;
+        using Epilogue = std::conditional_t<a.value == Activation::kNone, MlpLinear<T>, MlpActivate<T, a.value>>;
         mlp_launch<T, Epilogue>(args, p.sm_count, stream);
     });
 }
@@ -191,6 +185,6 @@ void mlp_bwd_launch(const MlpBwdParams& p, cudaStream_t stream) {
         if constexpr (a.value == Activation::kNone)
             throw LaunchError("mlp_bwd takes an activation");
         else
-            mlp_launch<T, MlpBackward<a.value>>(args, p.sm_count, stream);
+            mlp_launch<T, MlpBackward<T, a.value>>(args, p.sm_count, stream);
     });
 }

@@ -44,19 +44,15 @@ struct MlpTile {
     int row, column;  // of its corner
 };
 
-// The tile of this CTA among the `index`th of the clusters.
-__device__ __forceinline__ MlpTile mlp_tile(const MlpArguments& args, int index) {
-    using Traits = MlpTraits;
-    const int in_group = Traits::kGroupM * args.tiles_n, first = index / in_group * Traits::kGroupM;
-    const int height = min(args.tiles_m - first, Traits::kGroupM), within = index % in_group;
-    return {((first + within % height) * Traits::kCluster + int(cluster_rank())) * Traits::kRows,
-            within / height * Traits::kColumns};
-}
-
 // Calls work with the corner of each of this CTA's tiles, in order.
 template <class Work>
-__device__ __forceinline__ void for_each_mlp_tile(const MlpArguments& args, Work work) {
-    const int clusters = gridDim.x / MlpTraits::kCluster;
-    for (int index = blockIdx.x / MlpTraits::kCluster; index < args.tiles_m * args.tiles_n; index += clusters)
-        work(mlp_tile(args, index));
+GK_DEVICE void for_each_mlp_tile(const MlpArguments& args, Work work) {
+    using Traits = MlpTraits;
+    const int clusters = gridDim.x / Traits::kCluster, in_group = Traits::kGroupM * args.tiles_n;
+    for (int index = blockIdx.x / Traits::kCluster; index < args.tiles_m * args.tiles_n; index += clusters) {
+        const int first = index / in_group * Traits::kGroupM, within = index % in_group;
+        const int height = min(args.tiles_m - first, Traits::kGroupM);
+        work(MlpTile{((first + within % height) * Traits::kCluster + int(cluster_rank())) * Traits::kRows,
+                     within / height * Traits::kColumns});
+    }
 }

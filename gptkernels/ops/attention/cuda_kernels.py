@@ -32,13 +32,13 @@ def unsupported(call: AttentionCall) -> str | None:
     return cuda_library.unsupported(q.device, only_arch=90)
 
 
-def dq_order(window: int | None, deterministic: bool) -> int:
-    """csrc/attention/attention.h's DqOrder"""
-    return 2 if window is not None else int(deterministic)
+def dq_in_order(window: int | None, deterministic: bool) -> bool:
+    """Whether dq is added up in one order: with a window that costs nothing."""
+    return window is not None or deterministic
 
 
 def describe(call: AttentionCall) -> str:
-    if dq_order(call.window, torch.are_deterministic_algorithms_enabled()):
+    if dq_in_order(call.window, torch.are_deterministic_algorithms_enabled()):
         return "the gradients have the same bits on every run"
     return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
 
@@ -75,11 +75,11 @@ def shape_numbers(call: AttentionCall) -> dict:
 
 
 def prepared(name: str, call: AttentionCall, others: tuple[str, ...], numbers: dict, **tensors: Tensor) -> Launch:
-    """tensors: those that have heads and tokens, which the launch takes first, before `others` and VARIABLES"""
+    """tensors: csrc/attention/attention.h's AttentionTensor, which the launch takes first, then `others`, VARIABLES"""
     numbers = {
         **shape_numbers(call),
         **numbers,
-        **{f"{tensor}_strides": strides(x) for tensor, x in tensors.items()},
+        **{tensor: strides(x) for tensor, x in tensors.items()},
         "dtype": cuda_library.DTYPE[call.q.dtype],
         "sm_count": hardware.sm_count(call.q.device),
     }
@@ -134,6 +134,6 @@ def bwd_launch(
     workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(
         VARIABLES, shape_numbers(call), (call.key_start, call.cu_seqlens), hardware.sm_count(q.device)
     )
-    order = {"dq_order": dq_order(call.window, deterministic)}
+    order = {"dq_in_order": dq_in_order(call.window, deterministic)}
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
     return copies, workspace_bytes, prepared("attention_bwd", call, ("lse", "workspace"), order, **tensors)

@@ -1,4 +1,0 @@
-#include "attention/attention_fwd_kernel.cuh"
-
-template void attention_fwd_launch<__half, 192>(const AttentionFwdParams&, cudaStream_t);
-template void attention_fwd_launch<__nv_bfloat16, 192>(const AttentionFwdParams&, cudaStream_t);
