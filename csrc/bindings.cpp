@@ -5,7 +5,6 @@
 
 #include <cstring>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -27,43 +26,28 @@ struct Fields {
     const py::tuple& tensors;
     const py::dict& numbers;
     void* params;
-    std::vector<ptrdiff_t> offsets = std::vector<ptrdiff_t>(tensors.size(), -1);  // in params, where addresses go
+    std::vector<ptrdiff_t> offsets = std::vector<ptrdiff_t>(tensors.size());  // in params, where addresses go
     size_t taken = 0;
 
-    // name: a str, which is looked up faster than characters
     template <class Value>
-    Fields& operator()(PyObject* name, Value& field) {
-        if constexpr (std::is_pointer_v<Value>) {
-            const Py_ssize_t index = PySequence_Index(tensors.ptr(), name);
-            if (index < 0) {
-                PyErr_Clear();
-                throw missing(name);
-            }
-            offsets[index] = reinterpret_cast<char*>(&field) - static_cast<char*>(params);
-        } else {
-            const py::handle value = PyDict_GetItemWithError(numbers.ptr(), name);
-            if (!value) throw missing(name);
-            if constexpr (std::is_enum_v<Value>)
-                field = static_cast<Value>(value.cast<int>());
-            else if constexpr (std::is_same_v<Value, AttentionTensor>) {
-                std::tie(field.batch_stride, field.head_stride, field.row_stride) = value.cast<Strides>();
-                (*this)(name, field.data);
-            } else
-                field = value.cast<Value>();
-        }
+    Fields& operator()(const char* name, Value& field) {
+        if (!(std::is_pointer_v<Value> ? tensors.contains(name) : numbers.contains(name)))
+            throw py::key_error(std::string("there is no ") + name);
         ++taken;
+        if constexpr (std::is_pointer_v<Value>) {
+            const auto index = tensors.attr("index")(name).template cast<size_t>();
+            offsets[index] = reinterpret_cast<char*>(&field) - static_cast<char*>(params);
+        } else if constexpr (std::is_enum_v<Value>) {
+            field = static_cast<Value>(numbers[name].template cast<int>());
+        } else if constexpr (std::is_same_v<Value, AttentionTensor>) {
+            const auto strides = numbers[name].template cast<py::tuple>();
+            field = {nullptr, strides[0].template cast<int64_t>(), strides[1].template cast<int64_t>(),
+                     strides[2].template cast<int64_t>()};
+            (*this)(name, field.data);
+        } else {
+            field = numbers[name].template cast<Value>();
+        }
         return *this;
-    }
-
-    const std::vector<ptrdiff_t>& end() const {
-        if (taken != tensors.size() + numbers.size()) throw py::key_error("there are more fields than these");
-        return offsets;
-    }
-
-    using Strides = std::tuple<int64_t, int64_t, int64_t>;
-
-    static py::key_error missing(PyObject* name) {
-        return py::key_error("there is no " + py::cast<std::string>(py::handle(name)));
     }
 };
 
@@ -76,9 +60,7 @@ uintptr_t address(py::handle tensor) {
     return found.cast<uintptr_t>();
 }
 
-PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
-#define FIELD(name) ([] { static PyObject* const key = interned(#name); return key; }(), p.name)
+#define FIELD(name) (#name, p.name)
 
 void read(Fields& fields, AttentionShape& p) {
     fields FIELD(batch) FIELD(heads) FIELD(kv_heads) FIELD(q_len) FIELD(k_len) FIELD(head_dim) FIELD(left) FIELD(right)
@@ -124,36 +106,30 @@ void read(Fields& fields, MlpBwdParams& p) {
         FIELD(dout_stride) FIELD(activation) FIELD(dtype) FIELD(sm_count);
 }
 
+// -> what makes the params of tensors, in the order of their names
 template <class Params>
-class Prepared {
-  public:
-    Prepared(const py::tuple& tensors, const py::dict& numbers) {
-        Fields fields = {tensors, numbers, &params_};
-        read(fields, params_);
-        offsets_ = fields.end();
-    }
-
-    Params with(const py::tuple& tensors) const {
-        if (tensors.size() != offsets_.size()) throw py::value_error("these are not the tensors that were named");
-        Params params = params_;
-        for (size_t i = 0; i < offsets_.size(); ++i) {
+auto prepared(const py::tuple& names, const py::dict& numbers) {
+    Params params = {};
+    Fields fields = {names, numbers, &params};
+    read(fields, params);
+    if (fields.taken != names.size() + numbers.size()) throw py::key_error("there are more fields than these");
+    return [params, offsets = fields.offsets](const py::tuple& tensors) {
+        if (tensors.size() != offsets.size()) throw py::value_error("these are not the tensors that were named");
+        Params filled = params;
+        for (size_t i = 0; i < offsets.size(); ++i) {
             const uintptr_t found = address(tensors[i]);
-            std::memcpy(reinterpret_cast<char*>(&params) + offsets_[i], &found, sizeof found);
+            std::memcpy(reinterpret_cast<char*>(&filled) + offsets[i], &found, sizeof found);
         }
-        return params;
-    }
-
-  private:
-    Params params_ = {};
-    std::vector<ptrdiff_t> offsets_;
-};
+        return filled;
+    };
+}
 
 template <class Params>
 void define(py::module_& m, const char* name, void (*launcher)(const Params&, cudaStream_t)) {
     m.def(name, [launcher](const py::tuple& names, const py::dict& numbers) {
         return py::cpp_function(
-            [launcher, prepared = Prepared<Params>(names, numbers)](const py::tuple& tensors, uintptr_t stream) {
-                launcher(prepared.with(tensors), reinterpret_cast<cudaStream_t>(stream));
+            [launcher, params = prepared<Params>(names, numbers)](const py::tuple& tensors, uintptr_t stream) {
+                launcher(params(tensors), reinterpret_cast<cudaStream_t>(stream));
             });
     });
 }
@@ -172,7 +148,7 @@ PYBIND11_MODULE(_cuda, m) {
     define(m, "attention_bwd", &attention_bwd);
     m.def("attention_bwd_workspace_bytes",
           [](const py::tuple& names, const py::dict& shape, const py::tuple& tensors, int sm_count) {
-              return attention_bwd_workspace_bytes(Prepared<AttentionShape>(names, shape).with(tensors), sm_count);
+              return attention_bwd_workspace_bytes(prepared<AttentionShape>(names, shape)(tensors), sm_count);
           });
     define(m, "cross_entropy", &cross_entropy);
     define(m, "layer_norm_fwd", &layer_norm_fwd);
