@@ -95,6 +95,20 @@ void read(Fields& fields, LayerNormBwdParams& p) {
         FIELD(h_is_float) FIELD(weight_is_float);
 }
 
+void read(Fields& fields, RMSNormOptions& p) { fields FIELD(offset) FIELD(cast_first) FIELD(group_rows); }
+
+void read(Fields& fields, RMSNormFwdParams& p) {
+    read(fields, static_cast<LayerNormFwdParams&>(p));
+    read(fields, p.rms);
+    fields FIELD(x_group_stride);
+}
+
+void read(Fields& fields, RMSNormBwdParams& p) {
+    read(fields, static_cast<LayerNormBwdParams&>(p));
+    read(fields, p.rms);
+    fields FIELD(dy_group_stride) FIELD(h_group_stride);
+}
+
 void read(Fields& fields, MlpFwdParams& p) {
     fields FIELD(a) FIELD(weight) FIELD(bias) FIELD(residual) FIELD(preact) FIELD(out) FIELD(M) FIELD(N) FIELD(K)
         FIELD(a_stride) FIELD(residual_stride) FIELD(activation) FIELD(dtype) FIELD(sm_count);
@@ -143,6 +157,9 @@ PYBIND11_MODULE(_cuda, m) {
     define(m, "layer_norm_fwd", &layer_norm_fwd);
     define(m, "layer_norm_bwd", &layer_norm_bwd);
     m.def("layer_norm_bwd_partial_rows", &layer_norm_bwd_partial_rows);
+    m.def("rms_norm_bwd_partial_rows", &rms_norm_bwd_partial_rows);
+    define(m, "rms_norm_fwd", &rms_norm_fwd);
+    define(m, "rms_norm_bwd", &rms_norm_bwd);
     define(m, "mlp_fwd", &mlp_fwd);
     define(m, "mlp_bwd", &mlp_bwd);
 }

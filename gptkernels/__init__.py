@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .ops.layer_norm import add_layer_norm, layer_norm
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.mlp import mlp
+    from .ops.rms_norm import add_rms_norm, rms_norm
     from .swap.accelerate import accelerate
     from .tuning.recorded import tune
 
@@ -26,6 +27,7 @@ __all__ = [
     "UnsupportedError",
     "accelerate",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "decode_attention",
     "explain",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "nn",
+    "rms_norm",
     "swap",
     "tune",
 ]
@@ -45,12 +48,14 @@ _HOMES = {
     "UnsupportedError": "dispatch",
     "accelerate": "swap",
     "add_layer_norm": "ops.layer_norm",
+    "add_rms_norm": "ops.rms_norm",
     "attention": "ops.attention",
     "decode_attention": "ops.attention",
     "explain": "dispatch",
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "mlp": "ops.mlp",
+    "rms_norm": "ops.rms_norm",
     "tune": "tuning.recorded",
 }
 

@@ -1,4 +1,5 @@
-// LayerNorm over rows of N elements, with the residual addition and dropout before it folded in.
+// LayerNorm and RMSNorm over rows of N elements, with the residual addition and dropout before them folded in. RMSNorm
+// has neither mean nor bias, and three more things to say.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,6 +7,13 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+
+// Of RMSNorm; zeros in LayerNorm.
+struct RMSNormOptions {
+    float offset;     // is added to the weight, which may be null: then it is 0, and the offset 1
+    bool cast_first;  // the normalised row is rounded to x's dtype before the product with the weight too
+    int group_rows;   // 0: rows of x and dy are evenly spaced. Else groups of so many are, the groups group_stride apart
+};
 
 struct LayerNormFwdParams {
     const void* x;         // (M, N), rows x_stride apart
@@ -24,7 +32,10 @@ struct LayerNormFwdParams {
     uint32_t drop_below;
     DType x_dtype;
     bool residual_is_float, weight_is_float;
+    RMSNormOptions rms;
+    int64_t x_group_stride;
 };
+struct RMSNormFwdParams : LayerNormFwdParams {};
 
 struct LayerNormBwdParams {
     const void* dy;      // (M, N) of x's dtype, rows dy_stride apart
@@ -46,10 +57,16 @@ struct LayerNormBwdParams {
     uint32_t drop_below;
     DType x_dtype;
     bool h_is_float, weight_is_float;
+    RMSNormOptions rms;
+    int64_t dy_group_stride, h_group_stride;
 };
+struct RMSNormBwdParams : LayerNormBwdParams {};
 
 void layer_norm_fwd(const LayerNormFwdParams& params, cudaStream_t stream);
 void layer_norm_bwd(const LayerNormBwdParams& params, cudaStream_t stream);
+void rms_norm_fwd(const RMSNormFwdParams& params, cudaStream_t stream);
+void rms_norm_bwd(const RMSNormBwdParams& params, cudaStream_t stream);
 
-// The CTAs that layer_norm_bwd launches: the P of its partials.
+// The CTAs that backward launches: the P of its partials.
 int layer_norm_bwd_partial_rows(int64_t rows, int columns, int sm_count);
+int rms_norm_bwd_partial_rows(int64_t rows, int columns, int sm_count);

@@ -51,7 +51,7 @@ def decode(op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths, window
 
 
 def norm(op: str, x: Tensor, *_) -> CallClass:
-    return CallClass(op, (dtype_name(x),), {"M": x.shape[0], "N": x.shape[1]})
+    return CallClass(op, (dtype_name(x),), {"M": x.shape[:-1].numel(), "N": x.shape[-1]})
 
 
 def mlp(op: str, x: Tensor, fc_weight: Tensor, *_) -> CallClass:
@@ -67,6 +67,8 @@ KINDS: dict[str, Callable[..., CallClass]] = {
     "decode_attention": decode,
     "layer_norm": norm,
     "add_layer_norm": norm,
+    "rms_norm": norm,
+    "add_rms_norm": norm,
     "mlp": mlp,
     "linear_cross_entropy": loss,
 }
