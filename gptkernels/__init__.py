@@ -1,4 +1,4 @@
-"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, MLP and loss, in Triton and CUDA C++.
+"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, RMSNorm, MLP and loss, in Triton and CUDA C++.
 
 import gptkernels as gk
 y = gk.layer_norm(x, weight, bias)                    # the fastest backend that supports the call

@@ -38,6 +38,8 @@ OPS = {
 MOST_CALLS = {
     ("layer_norm", "cuda"): (80, 106),
     ("layer_norm", "triton"): (104, 141),
+    ("rms_norm", "cuda"): (81, 109),
+    ("rms_norm", "triton"): (102, 140),
     ("attention", "cuda"): (135, 190),
     ("attention", "triton"): (148, 272),
     ("banded", "cuda"): (139, 191),
