@@ -82,10 +82,20 @@ void read(Fields& fields, CrossEntropyParams& p) {
         FIELD(scale_stride) FIELD(ignore_index) FIELD(vocabulary) FIELD(dtype) FIELD(with_grad);
 }
 
+void read(Fields& fields, NormFwdParams& p) {
+    fields FIELD(x) FIELD(residual) FIELD(weight) FIELD(seed) FIELD(y) FIELD(h) FIELD(rstd) FIELD(rows) FIELD(columns)
+        FIELD(x_stride) FIELD(residual_stride) FIELD(eps) FIELD(keep_scale) FIELD(drop_below) FIELD(x_dtype)
+        FIELD(residual_is_float) FIELD(weight_is_float);
+}
+
 void read(Fields& fields, LayerNormFwdParams& p) {
-    fields FIELD(x) FIELD(residual) FIELD(weight) FIELD(bias) FIELD(seed) FIELD(y) FIELD(h) FIELD(mean) FIELD(rstd)
-        FIELD(rows) FIELD(columns) FIELD(x_stride) FIELD(residual_stride) FIELD(eps) FIELD(keep_scale) FIELD(drop_below)
-        FIELD(x_dtype) FIELD(residual_is_float) FIELD(weight_is_float);
+    read(fields, static_cast<NormFwdParams&>(p));
+    fields FIELD(bias) FIELD(mean);
+}
+
+void read(Fields& fields, RMSNormFwdParams& p) {
+    read(fields, static_cast<NormFwdParams&>(p));
+    fields FIELD(x_group_stride) FIELD(group_rows) FIELD(offset) FIELD(cast_first);
 }
 
 void read(Fields& fields, LayerNormBwdParams& p) {
@@ -95,18 +105,9 @@ void read(Fields& fields, LayerNormBwdParams& p) {
         FIELD(h_is_float) FIELD(weight_is_float);
 }
 
-void read(Fields& fields, RMSNormOptions& p) { fields FIELD(offset) FIELD(cast_first) FIELD(group_rows); }
-
-void read(Fields& fields, RMSNormFwdParams& p) {
-    read(fields, static_cast<LayerNormFwdParams&>(p));
-    read(fields, p.rms);
-    fields FIELD(x_group_stride);
-}
-
 void read(Fields& fields, RMSNormBwdParams& p) {
     read(fields, static_cast<LayerNormBwdParams&>(p));
-    read(fields, p.rms);
-    fields FIELD(dy_group_stride) FIELD(h_group_stride);
+    fields FIELD(dy_group_stride) FIELD(h_group_stride) FIELD(group_rows) FIELD(offset);
 }
 
 void read(Fields& fields, MlpFwdParams& p) {

@@ -33,26 +33,24 @@ template __global__ void layer_norm_bwd_reduce_kernel<float>(const LayerNormBwdP
 """
 
 
-class RMSNormOptions(ctypes.Structure):
-    """RMSNormOptions of csrc/layer_norm/layer_norm.h."""
-
-    _fields_ = [("offset", ctypes.c_float), ("cast_first", ctypes.c_bool), ("group_rows", ctypes.c_int)]
-
-
-class FwdParams(ctypes.Structure):
-    """LayerNormFwdParams of csrc/layer_norm/layer_norm.h."""
+class NormFwdParams(ctypes.Structure):
+    """NormFwdParams of csrc/layer_norm/layer_norm.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "seed", "y", "h", "mean", "rstd")),
-        *((name, ctypes.c_int64) for name in ("rows",)),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "seed", "y", "h", "rstd")),
+        *((name, ctypes.c_int64) for name in ("rows", "x_stride", "residual_stride")),
         ("columns", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("x_stride", "residual_stride")),
         *((name, ctypes.c_float) for name in ("eps", "keep_scale")),
         ("drop_below", ctypes.c_uint32),
         ("x_dtype", ctypes.c_int),
         *((name, ctypes.c_bool) for name in ("residual_is_float", "weight_is_float")),
-        *(("rms", RMSNormOptions), ("x_group_stride", ctypes.c_int64)),
     ]
+
+
+class FwdParams(NormFwdParams):
+    """LayerNormFwdParams"""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("bias", "mean")]
 
 
 class BwdParams(ctypes.Structure):
@@ -68,8 +66,6 @@ class BwdParams(ctypes.Structure):
         ("drop_below", ctypes.c_uint32),
         ("x_dtype", ctypes.c_int),
         *((name, ctypes.c_bool) for name in ("h_is_float", "weight_is_float")),
-        ("rms", RMSNormOptions),
-        *((name, ctypes.c_int64) for name in ("dy_group_stride", "h_group_stride")),
     ]
 
 

@@ -1,10 +1,13 @@
 """Bugs planted in what the CUDA RMSNorm has of its own are caught: rows that share a warp, rows in groups, the weight's
 offset and the order of rounding. What it shares with LayerNorm, test_layer_norm_mutations.py plants bugs in."""
 
+import ctypes
+
 import ptxemu
 import pytest
 import torch
-from test_layer_norm_mutations import BwdParams, FwdParams, RMSNormOptions, compile_kernels, entry
+from test_layer_norm_mutations import BwdParams as LayerNormBwdParams
+from test_layer_norm_mutations import NormFwdParams, compile_kernels, entry
 
 SEEDS = range(4)
 GROUPS, GROUP_ROWS, COLUMNS, CTAS = 7, 3, 120, 2
@@ -15,9 +18,27 @@ SOURCE = """
 #include "layer_norm/layer_norm_fwd_kernel.cuh"
 #include "layer_norm/layer_norm_bwd_kernel.cuh"
 using T = __nv_bfloat16;
-template __global__ void layer_norm_fwd_kernel<T, T, true, 1, false, true>(const LayerNormFwdParams);
-template __global__ void layer_norm_bwd_kernel<T, T, true, 1, true>(const LayerNormBwdParams);
+template __global__ void layer_norm_fwd_kernel<T, T, true, 1, false, true>(const RMSNormFwdParams);
+template __global__ void layer_norm_bwd_kernel<T, T, true, 1, true>(const RMSNormBwdParams);
 """
+
+
+class FwdParams(NormFwdParams):
+    """RMSNormFwdParams of csrc/layer_norm/layer_norm.h."""
+
+    _fields_ = (
+        *(("x_group_stride", ctypes.c_int64), ("group_rows", ctypes.c_int)),
+        *(("offset", ctypes.c_float), ("cast_first", ctypes.c_bool)),
+    )
+
+
+class BwdParams(LayerNormBwdParams):
+    """RMSNormBwdParams"""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dy_group_stride", "h_group_stride")),
+        *(("group_rows", ctypes.c_int), ("offset", ctypes.c_float)),
+    )
 
 
 def is_right(folder, module: ptxemu.Module, seed: int) -> bool:
@@ -31,14 +52,15 @@ def is_right(folder, module: ptxemu.Module, seed: int) -> bool:
     group = x.stride(0)
     tensors = {"weight": weight.data_ptr(), "rstd": rstd.data_ptr()}
     sizes = {"rows": ROWS, "columns": COLUMNS, "keep_scale": 1}
-    rms = RMSNormOptions(OFFSET, True, GROUP_ROWS)
+    rms = {"group_rows": GROUP_ROWS, "offset": OFFSET}
     fwd = FwdParams(
-        **tensors, **sizes, x=x.data_ptr(), y=y.data_ptr(), x_stride=COLUMNS, eps=EPS, rms=rms, x_group_stride=group
+        **{**tensors, **sizes, **rms, "x": x.data_ptr(), "y": y.data_ptr(), "x_stride": COLUMNS, "eps": EPS},
+        **{"x_group_stride": group, "cast_first": True},
     )
     bwd = BwdParams(
-        **{**tensors, **sizes, "dy": dy.data_ptr(), "h": x.data_ptr(), "grad_h": grad_h.data_ptr()},
+        **{**tensors, **sizes, **rms, "dy": dy.data_ptr(), "h": x.data_ptr(), "grad_h": grad_h.data_ptr()},
         **{"partials": partials.data_ptr(), "partial_rows": CTAS, "dy_stride": COLUMNS, "h_stride": COLUMNS},
-        **{"rms": rms, "dy_group_stride": group, "h_group_stride": group},
+        **{"dy_group_stride": group, "h_group_stride": group},
     )
     with ptxemu.registered(x, dy, weight, y, grad_h, rstd, partials):
         module.launch(entry(module, ptx, "layer_norm_fwd_kernel"), -(-ROWS // 8), BLOCK, [bytes(fwd)], seed=seed)
@@ -66,9 +88,9 @@ SHAPE, FWD, BWD = "layer_norm_shape.cuh", "layer_norm_fwd_kernel.cuh", "layer_no
 EDITS = {
     "rows of a warp added up together": (SHAPE, "offset < threads_per_row ? other : 0.0f", "other"),
     "the group's rows not counted": (SHAPE, "(row - static_cast<int64_t>(group) * group_rows)", "row"),
-    "rounded once": (FWD, "if (kRms && p.rms.cast_first) value", "if (kRms && !p.rms.cast_first) value"),
+    "rounded once": (FWD, "if (p.cast_first) value", "if (!p.cast_first) value"),
     "a mean taken off": (FWD, "const float mean = kRms ? 0.0f : variance;", "const float mean = variance;"),
-    "no offset backward": (BWD, "kRms ? weight + p.rms.offset : weight", "weight"),
+    "no offset backward": (BWD, "if constexpr (kRms) weight += p.offset;", ""),
     "the rows of a warp not added up": (BWD, "offset >= static_cast<int>(blockDim.x)", "offset > 16"),
 }  # fmt: skip
 

@@ -56,7 +56,7 @@ constexpr int bwd_max_threads(int vectors, bool light, bool rms) {
 template <typename T, typename H, bool kRms, int kVectors, bool kWhole, bool kLight = kWhole && sizeof(H) == 2>
 __global__ void __launch_bounds__(bwd_max_threads(kVectors, kLight, kRms), bwd_threads_per_sm(kVectors, kLight, kRms) /
                                                                                bwd_max_threads(kVectors, kLight, kRms))
-    layer_norm_bwd_kernel(const LayerNormBwdParams p) {
+    layer_norm_bwd_kernel(const BwdParams<kRms> p) {
     constexpr int kSums = kRms ? 1 : 2;
     __shared__ float scratch[kSums * kMaxWarps];
     // The parameters' gradients: in registers, and where the row is not, in the CTA's partial row itself.
@@ -78,9 +78,15 @@ __global__ void __launch_bounds__(bwd_max_threads(kVectors, kLight, kRms), bwd_t
     for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < p.rows; first += step) {
         const int64_t row = first + threadIdx.y;
         const int columns = row < p.rows ? p.columns : 0;
-        const int group_rows = kRms ? p.rms.group_rows : 0;
-        const T* dy_row = static_cast<const T*>(p.dy) + row_offset(row, p.dy_stride, p.dy_group_stride, group_rows);
-        const H* h_row = static_cast<const H*>(p.h) + row_offset(row, p.h_stride, p.h_group_stride, group_rows);
+        const T* dy_row = static_cast<const T*>(p.dy);
+        const H* h_row = static_cast<const H*>(p.h);
+        if constexpr (kRms) {
+            dy_row += row_offset(row, p.dy_stride, p.dy_group_stride, p.group_rows);
+            h_row += row_offset(row, p.h_stride, p.h_group_stride, p.group_rows);
+        } else {
+            dy_row += row * p.dy_stride;
+            h_row += row * p.h_stride;
+        }
         const H* dh_row = static_cast<const H*>(p.dh) + row * p.dh_stride;
 
         Packed<T> dy[kHeld];
@@ -94,7 +100,10 @@ __global__ void __launch_bounds__(bwd_max_threads(kVectors, kLight, kRms), bwd_t
         const float rstd = columns ? p.rstd[row] : 0.0f;
         auto x_hat = [&](int i, int j) { return (h[i][j] - mean) * rstd; };
 
-        auto scaled = [&](float dy, float weight) { return dy * (kRms ? weight + p.rms.offset : weight); };
+        auto scaled = [&](float dy, float weight) {
+            if constexpr (kRms) weight += p.offset;
+            return dy * weight;
+        };
 
         float sums[kSums] = {};
         with_parameters<T>(p.weight_is_float, [&](auto parameter) {
@@ -111,7 +120,7 @@ __global__ void __launch_bounds__(bwd_max_threads(kVectors, kLight, kRms), bwd_t
                 }
             });
         });
-        row_sum(sums, blockDim.x, scratch);
+        row_sum<kVectors>(sums, blockDim.x, scratch);
         const float along_x_hat = sums[0] / p.columns, along_one = kRms ? 0.0f : sums[kSums - 1] / p.columns;
 
         with_parameters<T>(p.weight_is_float, [&](auto parameter) {
@@ -198,7 +207,7 @@ inline int norm_bwd_ctas(int64_t rows, int columns, int sm_count, bool rms) {
 }
 
 template <typename T, typename H, bool kRms, bool kWhole>
-void launch_layer_norm_bwd_rows(LayerNormBwdParams p, cudaStream_t stream) {
+void launch_layer_norm_bwd_rows(BwdParams<kRms> p, cudaStream_t stream) {
     constexpr bool kLight = kWhole && sizeof(H) == 2;
     constexpr int kMost = kWhole ? kMaxVectors : 2;
     const RowShape light = row_shape(p.columns, kMaxVectors, bwd_max_threads(kMaxVectors, true, kRms));
@@ -218,17 +227,19 @@ void launch_layer_norm_bwd_rows(LayerNormBwdParams p, cudaStream_t stream) {
 }
 
 template <typename T, typename H, bool kRms>
-void launch_layer_norm_bwd(const LayerNormBwdParams& p, cudaStream_t stream) {
-    const bool whole = p.columns % kElements == 0 && rows_aligned(p.dy, p.dy_stride, sizeof(T)) &&
-                       rows_aligned(p.dy, p.dy_group_stride, sizeof(T)) && rows_aligned(p.h, p.h_group_stride, sizeof(H)) &&
-                       rows_aligned(p.dh, p.dh_stride, sizeof(H)) && rows_aligned(p.h, p.h_stride, sizeof(H)) &&
-                       rows_aligned(p.weight, 0, 4) && rows_aligned(p.grad_h, p.columns, sizeof(H)) &&
-                       rows_aligned(p.grad_x, p.columns, sizeof(T)) && rows_aligned(p.partials, p.columns, 4);
+void launch_layer_norm_bwd(const BwdParams<kRms>& p, cudaStream_t stream) {
+    bool whole = p.columns % kElements == 0 && rows_aligned(p.dy, p.dy_stride, sizeof(T)) &&
+                 rows_aligned(p.dh, p.dh_stride, sizeof(H)) && rows_aligned(p.h, p.h_stride, sizeof(H)) &&
+                 rows_aligned(p.weight, 0, 4) && rows_aligned(p.grad_h, p.columns, sizeof(H)) &&
+                 rows_aligned(p.grad_x, p.columns, sizeof(T)) && rows_aligned(p.partials, p.columns, 4);
+    if constexpr (kRms)
+        whole = whole && rows_aligned(p.dy, p.dy_group_stride, sizeof(T)) &&
+                rows_aligned(p.h, p.h_group_stride, sizeof(H));
     with_bool(whole, [&](auto is_whole) { launch_layer_norm_bwd_rows<T, H, kRms, is_whole.value>(p, stream); });
 }
 
 template <bool kRms>
-void launch_norm_bwd(const LayerNormBwdParams& p, cudaStream_t stream) {
+void launch_norm_bwd(const BwdParams<kRms>& p, cudaStream_t stream) {
     with_type(p.x_dtype, [&](auto type) {
         using T = decltype(type);
         p.h_is_float ? launch_layer_norm_bwd<T, float, kRms>(p, stream) : launch_layer_norm_bwd<T, T, kRms>(p, stream);

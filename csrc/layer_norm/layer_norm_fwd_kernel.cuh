@@ -19,7 +19,7 @@ constexpr int fwd_min_ctas(int vectors, bool light) {
 // 16-byte words.
 template <typename T, typename H, bool kRms, int kVectors, bool kResidual, bool kWhole>
 __global__ void __launch_bounds__(max_threads(kVectors), fwd_min_ctas(kVectors, kWhole && !kResidual))
-    layer_norm_fwd_kernel(const LayerNormFwdParams p) {
+    layer_norm_fwd_kernel(const FwdParams<kRms> p) {
     __shared__ float scratch[kMaxWarps];
     constexpr bool kInRegisters = kVectors > 0;
     constexpr int kHeld = kInRegisters ? kVectors : 1;
@@ -27,7 +27,11 @@ __global__ void __launch_bounds__(max_threads(kVectors), fwd_min_ctas(kVectors, 
     const bool row_exists = row < p.rows;
     // Rows past the end take part in the barriers, with nothing to read or write.
     const int columns = row_exists ? p.columns : 0;
-    const T* x = static_cast<const T*>(p.x) + row_offset(row, p.x_stride, p.x_group_stride, kRms ? p.rms.group_rows : 0);
+    const T* x = static_cast<const T*>(p.x);
+    if constexpr (kRms)
+        x += row_offset(row, p.x_stride, p.x_group_stride, p.group_rows);
+    else
+        x += row * p.x_stride;
     const H* residual = static_cast<const H*>(p.residual) + row * p.residual_stride;
     H* h_out = static_cast<H*>(p.h) + row * p.columns;
     T* y = static_cast<T*>(p.y) + row * p.columns;
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(max_threads(kVectors), fwd_min_ctas(kVectors, 
             moment[0] += kRms ? value * value : value;
         }
     });
-    row_sum(moment, blockDim.x, scratch);
+    row_sum<kVectors>(moment, blockDim.x, scratch);
     float variance = moment[0] / p.columns;
     const float mean = kRms ? 0.0f : variance;
     if constexpr (!kRms) {
@@ -93,7 +97,7 @@ __global__ void __launch_bounds__(max_threads(kVectors), fwd_min_ctas(kVectors, 
                 squares[0] += centred * centred;
             }
         });
-        row_sum(squares, blockDim.x, scratch);
+        row_sum<kVectors>(squares, blockDim.x, scratch);
         variance = squares[0] / p.columns;
     }
     const float rstd = rsqrtf(variance + p.eps);
@@ -104,25 +108,30 @@ __global__ void __launch_bounds__(max_threads(kVectors), fwd_min_ctas(kVectors, 
             read_again(i, column);
             const Packed<P> weight = load_weight<kWhole, kRms, P>(p.weight, column, columns);
             Packed<P> bias = {};
-            if (!kRms && p.bias) bias = load_packed<kWhole>(static_cast<const P*>(p.bias), column, columns);
+            if constexpr (!kRms)
+                if (p.bias) bias = load_packed<kWhole>(static_cast<const P*>(p.bias), column, columns);
             Packed<T> out;
 #pragma unroll
             for (int j = 0; j < kElements; ++j) {
                 float value = (h[i][j] - mean) * rstd;
-                if (kRms && p.rms.cast_first) value = to_float(from_float<T>(value));
-                out.set(j, kRms ? value * (weight[j] + p.rms.offset) : value * weight[j] + bias[j]);
+                if constexpr (kRms) {
+                    if (p.cast_first) value = to_float(from_float<T>(value));
+                    out.set(j, value * (weight[j] + p.offset));
+                } else {
+                    out.set(j, value * weight[j] + bias[j]);
+                }
             }
             store_packed<kWhole>(y, out, column, columns);
         });
     });
     if (row_exists && threadIdx.x == 0) {
-        if (!kRms) p.mean[row] = mean;
+        if constexpr (!kRms) p.mean[row] = mean;
         p.rstd[row] = rstd;
     }
 }
 
 template <typename T, typename H, bool kRms, bool kResidual, bool kWhole>
-void launch_layer_norm_fwd_rows(const LayerNormFwdParams& p, cudaStream_t stream) {
+void launch_layer_norm_fwd_rows(const FwdParams<kRms>& p, cudaStream_t stream) {
     const RowShape shape = row_shape(p.columns);
     const LaunchShape launch_shape = {static_cast<unsigned>(ceil_div(p.rows, shape.rows_per_cta)),
                                       dim3(shape.threads_per_row, shape.rows_per_cta), 0, stream};
@@ -133,12 +142,14 @@ void launch_layer_norm_fwd_rows(const LayerNormFwdParams& p, cudaStream_t stream
 }
 
 template <typename T, typename H, bool kRms>
-void launch_layer_norm_fwd(const LayerNormFwdParams& p, cudaStream_t stream) {
-    const bool whole = p.columns % kElements == 0 && rows_aligned(p.x, p.x_stride, sizeof(T)) &&
-                       rows_aligned(p.x, p.x_group_stride, sizeof(T)) &&
-                       rows_aligned(p.residual, p.residual_stride, sizeof(H)) && rows_aligned(p.weight, 0, 4) &&
-                       rows_aligned(p.bias, 0, 4) && rows_aligned(p.y, p.columns, sizeof(T)) &&
-                       rows_aligned(p.h, p.columns, sizeof(H));
+void launch_layer_norm_fwd(const FwdParams<kRms>& p, cudaStream_t stream) {
+    bool whole = p.columns % kElements == 0 && rows_aligned(p.x, p.x_stride, sizeof(T)) &&
+                 rows_aligned(p.residual, p.residual_stride, sizeof(H)) && rows_aligned(p.weight, 0, 4) &&
+                 rows_aligned(p.y, p.columns, sizeof(T)) && rows_aligned(p.h, p.columns, sizeof(H));
+    if constexpr (kRms)
+        whole = whole && rows_aligned(p.x, p.x_group_stride, sizeof(T));
+    else
+        whole = whole && rows_aligned(p.bias, 0, 4);
     with_bool(whole, [&](auto is_whole) {
         if (p.residual)
             launch_layer_norm_fwd_rows<T, H, kRms, true, is_whole.value>(p, stream);
@@ -148,7 +159,7 @@ void launch_layer_norm_fwd(const LayerNormFwdParams& p, cudaStream_t stream) {
 }
 
 template <bool kRms>
-void launch_norm_fwd(const LayerNormFwdParams& p, cudaStream_t stream) {
+void launch_norm_fwd(const FwdParams<kRms>& p, cudaStream_t stream) {
     with_type(p.x_dtype, [&](auto type) {
         using T = decltype(type);
         p.residual_is_float ? launch_layer_norm_fwd<T, float, kRms>(p, stream)

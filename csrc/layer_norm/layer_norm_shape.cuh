@@ -31,15 +31,16 @@ inline RowShape row_shape(int columns, int most_vectors = kMaxVectors, int most_
 }
 
 // Makes each of `sums` its sum over the threads of a row, for all of them. Every thread of the CTA must call it.
-// scratch: shared, kSums * (warps of the CTA) floats, not used by anything else until the next barrier.
-template <int kSums>
+// scratch: shared, kSums * (warps of the CTA) floats, not used by anything else until the next barrier. Only rows of one
+// vector a thread share warps.
+template <int kVectors, int kSums>
 __device__ __forceinline__ void row_sum(float (&sums)[kSums], int threads_per_row, float* scratch) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
             const float other = __shfl_xor_sync(0xffffffffu, sums[i], offset);
-            sums[i] += offset < threads_per_row ? other : 0.0f;
+            sums[i] += kVectors != 1 || offset < threads_per_row ? other : 0.0f;
         }
     }
     if (threads_per_row <= 32) return;

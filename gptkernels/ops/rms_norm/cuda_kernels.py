@@ -13,13 +13,9 @@ from .outputs import bwd_outputs, fwd_outputs
 __all__ = ["rms_norm_bwd", "rms_norm_fwd", "unsupported"]
 
 
-def options(x: Tensor, weight: Tensor | None, offset: float, cast_first: bool) -> dict:
+def options(x: Tensor, weight: Tensor | None, offset: float) -> dict:
     """x: (M, N) or (G, R, N). Without a weight the kernels take one of zeros, and 1 as what is added to it."""
-    return {
-        "offset": 1.0 if weight is None else offset,
-        "cast_first": cast_first,
-        "group_rows": x.shape[1] if x.ndim == 3 else 0,
-    }
+    return {"offset": 1.0 if weight is None else offset, "group_rows": x.shape[1] if x.ndim == 3 else 0}
 
 
 @torch_op(fake=fwd_outputs)
@@ -41,11 +37,9 @@ def rms_norm_fwd(
         "x": x,
         "residual": residual,
         "weight": weight,
-        "bias": None,
         "seed": seed,
         "y": y,
         "h": None if residual is None else h,
-        "mean": None,
         "rstd": rstd,
         "rows": rstd.shape[0],
         "columns": x.shape[-1],
@@ -58,7 +52,8 @@ def rms_norm_fwd(
         "residual_is_float": residual is not None and residual.dtype == torch.float32,
         "weight_is_float": weight is not None and weight.dtype == torch.float32,
         "x_group_stride": group_stride(x),
-        **options(x, weight, offset, cast_first),
+        "cast_first": cast_first,
+        **options(x, weight, offset),
     }
     cuda_library.launch("rms_norm_fwd", x.device, fields)
     return outputs
@@ -112,7 +107,7 @@ def rms_norm_bwd(
         "weight_is_float": weight is not None and weight.dtype == torch.float32,
         "dy_group_stride": group_stride(dy),
         "h_group_stride": group_stride(h),
-        **options(h, weight, offset, False),
+        **options(h, weight, offset),
     }
     cuda_library.launch("rms_norm_bwd", h.device, fields)
     return outputs
