@@ -19,6 +19,7 @@ from gptkernels.ops.attention.record import AttentionCall  # noqa: E402
 from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
 from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
 from gptkernels.ops.mlp import cuda_kernels as mlp_kernels  # noqa: E402
+from gptkernels.ops.rms_norm import cuda_kernels as rms_norm_kernels  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -128,24 +129,33 @@ def product(rows: int, columns: int, depth: int, activation: str = "none", backw
 
 
 @functools.cache
-def layer_norm_launches(rows: int, columns: int, backward: bool, sms: int = 1) -> list[timing.Recorded]:
+def norm_launches(op: str, rows: int, columns: int, backward: bool, sms: int = 1) -> list[timing.Recorded]:
     x, weight, bias = torch.randn(rows, columns, dtype=BF16), torch.ones(columns), torch.zeros(columns)
-    if not backward:
-        return launches_of(lambda: layer_norm_kernels.layer_norm_fwd(x, None, weight, bias, None, 1e-5, 0.0), sms)
     mean, rstd = torch.zeros(rows), torch.ones(rows)
-    call = functools.partial(layer_norm_kernels.layer_norm_bwd, x, None, x, weight, mean, rstd, None, 0.0, True, True)
-    return launches_of(call, sms)
+    kernels = {"layer_norm": layer_norm_kernels, "rms_norm": rms_norm_kernels}[op]
+    arguments = {
+        ("layer_norm", False): (x, None, weight, bias, None, 1e-5, 0.0),
+        ("layer_norm", True): (x, None, x, weight, mean, rstd, None, 0.0, True, True),
+        ("rms_norm", False): (x, None, weight, None, 1e-6, 0.0, True, 0.0),
+        ("rms_norm", True): (torch.randn_like(x), None, x, weight, rstd, None, 0.0, 0.0, True),
+    }[op, backward]
+    launcher = getattr(kernels, f"{op}_bwd" if backward else f"{op}_fwd")
+    return launches_of(functools.partial(launcher, *arguments), sms)
 
 
-def layer_norm(rows: int, columns: int, backward: bool = False) -> list[tiles.Stage]:
-    main = tiles.streaming("rows", [(few, layer_norm_launches(few, columns, backward)[0]) for few in (64, 256)], rows)
+def norm(op: str, rows: int, columns: int, backward: bool = False) -> list[tiles.Stage]:
+    """layer_norm or rms_norm"""
+    # Enough rows for the CTAs that an SM holds, of which a short row takes a small part.
+    few, more = (64, 256) if columns > 256 else (512, 2048)
+    samples = [(count, norm_launches(op, count, columns, backward)[0]) for count in (few, more)]
+    main = tiles.streaming("rows", samples, rows)
     if not backward:
         return [main]
     # The sums over the rows of each CTA, of as many CTAs as the GPU holds.
-    few = [(n // 16, layer_norm_launches(SMS * 8, n, True, SMS)[1]) for n in (256, 512)]
-    sums = tiles.streaming("sums", few, columns // 16)
-    sums.shares = {"dram_read_share": 0.0}
-    return [main, sums]
+    sums = [(n // 16, norm_launches(op, SMS * 8, n, True, SMS)[1]) for n in (256, 512)]
+    sums_stage = tiles.streaming("sums", sums, columns // 16)
+    sums_stage.shares = {"dram_read_share": 0.0}
+    return [main, sums_stage]
 
 
 @functools.cache

@@ -33,6 +33,8 @@ TURNS, CALLS = 25, 60
 GOALS_US = {
     ("layer_norm", "cuda"): 25,
     ("layer_norm", "triton"): 25,
+    ("rms_norm", "cuda"): 25,
+    ("rms_norm", "triton"): 25,
     ("attention", "cuda"): 40,
     ("attention", "triton"): 60,
     ("mlp", "cuda"): 40,
@@ -72,6 +74,7 @@ def ours() -> Iterator[tuple[str, str, dict[str, Callable]]]:
     for backend in ("cuda", "triton"):
         named = {"backend": backend}
         yield "layer_norm", backend, both(lambda *t, o=named: gk.layer_norm(*t, **o), *norm)
+        yield "rms_norm", backend, both(lambda *t, o=named: gk.rms_norm(*t, **o), *norm[:2])
         yield "attention", backend, both(lambda *t, o=named: gk.attention(*t, **o), *heads)
         forward = both(lambda *t, o=named: gk.mlp(*t, **o), *layers)["forward"]
         yield "mlp", backend, {"forward": forward}  # backward's products are PyTorch's own, and run here

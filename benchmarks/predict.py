@@ -2,7 +2,7 @@
 
     python benchmarks/predict.py --op attention --shape B2,H16,T8192,D128 [--pass bwd] [--backend triton] [--peer PATH]
     python benchmarks/predict.py --op mlp --shape M16384,N16384,K4096 [--pass bwd]
-    python benchmarks/predict.py --op layer_norm --shape M16384,N4096 [--pass bwd]
+    python benchmarks/predict.py --op layer_norm --shape M16384,N4096 [--pass bwd]   (rms_norm likewise)
     python benchmarks/predict.py --op cross_entropy --shape M4096,N50264
     python benchmarks/predict.py --table benchmarks/results/clock_predictions.json [--peer PATH]
 
@@ -26,6 +26,7 @@ KEYS = {
     "attention": ("B", "H", "T", "D"),
     "mlp": ("M", "N", "K"),
     "layer_norm": ("M", "N"),
+    "rms_norm": ("M", "N"),
     "cross_entropy": ("M", "N"),
 }
 
@@ -73,8 +74,8 @@ class Work:
             return make(s["T"], s["B"] * s["H"], s["D"], window=s.get("W"), backward=self.backward)
         if self.op == "mlp":
             return clock_stages.product(s["M"], s["N"], s["K"], "gelu_tanh", self.backward)
-        if self.op == "layer_norm":
-            return clock_stages.layer_norm(s["M"], s["N"], self.backward)
+        if self.op in ("layer_norm", "rms_norm"):
+            return clock_stages.norm(self.op, s["M"], s["N"], self.backward)
         return clock_stages.cross_entropy(s["M"], s["N"])
 
     def peer(self, fa3: calibrate.Fa3Stages | None) -> tuple[str, list[tiles.Stage]] | None:
@@ -156,6 +157,8 @@ def table_works() -> list[Work]:
         works += [Work("mlp", {"M": 16384, "N": 4 * d, "K": d}), Work("mlp", {"M": 16384, "N": d, "K": 4 * d})]
     for columns in (768, 1600, 4096, 8192):
         works += [Work("layer_norm", {"M": 16384, "N": columns}, backward) for backward in (False, True)]
+    for rows, columns in ((2**20, 64), (2**20, 128), (16384, 768), (16384, 1600), (16384, 4096), (16384, 8192)):
+        works += [Work("rms_norm", {"M": rows, "N": columns}, backward) for backward in (False, True)]
     return [*works, Work("cross_entropy", {"M": 4096, "N": 50264})]
 
 

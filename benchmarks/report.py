@@ -50,7 +50,7 @@ def cpu_mlp() -> str:
 def families() -> str:
     """From tests/test_swap_families.py."""
     found = json.loads((RESULTS / "families.json").read_text())
-    columns = {"norm": "LayerNorm", "mlp": "MLP"}
+    columns = {"mlp": "MLP"}
     notes: list[str] = []
 
     def cell(text: str) -> str:

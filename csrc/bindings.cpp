@@ -83,10 +83,20 @@ void read(Fields& fields, CrossEntropyParams& p) {
         FIELD(scale_stride) FIELD(ignore_index) FIELD(vocabulary) FIELD(dtype) FIELD(with_grad);
 }
 
+void read(Fields& fields, NormFwdParams& p) {
+    fields FIELD(x) FIELD(residual) FIELD(weight) FIELD(seed) FIELD(y) FIELD(h) FIELD(rstd) FIELD(rows) FIELD(columns)
+        FIELD(x_stride) FIELD(residual_stride) FIELD(eps) FIELD(keep_scale) FIELD(drop_below) FIELD(x_dtype)
+        FIELD(residual_is_float) FIELD(weight_is_float);
+}
+
 void read(Fields& fields, LayerNormFwdParams& p) {
-    fields FIELD(x) FIELD(residual) FIELD(weight) FIELD(bias) FIELD(seed) FIELD(y) FIELD(h) FIELD(mean) FIELD(rstd)
-        FIELD(rows) FIELD(columns) FIELD(x_stride) FIELD(residual_stride) FIELD(eps) FIELD(keep_scale) FIELD(drop_below)
-        FIELD(x_dtype) FIELD(residual_is_float) FIELD(weight_is_float);
+    read(fields, static_cast<NormFwdParams&>(p));
+    fields FIELD(bias) FIELD(mean);
+}
+
+void read(Fields& fields, RMSNormFwdParams& p) {
+    read(fields, static_cast<NormFwdParams&>(p));
+    fields FIELD(x_group_stride) FIELD(group_rows) FIELD(offset) FIELD(cast_first);
 }
 
 void read(Fields& fields, LayerNormBwdParams& p) {
@@ -94,6 +104,11 @@ void read(Fields& fields, LayerNormBwdParams& p) {
         FIELD(partials) FIELD(grad_weight) FIELD(grad_bias) FIELD(rows) FIELD(columns) FIELD(partial_rows)
         FIELD(dy_stride) FIELD(dh_stride) FIELD(h_stride) FIELD(keep_scale) FIELD(drop_below) FIELD(x_dtype)
         FIELD(h_is_float) FIELD(weight_is_float);
+}
+
+void read(Fields& fields, RMSNormBwdParams& p) {
+    read(fields, static_cast<LayerNormBwdParams&>(p));
+    fields FIELD(dy_group_stride) FIELD(h_group_stride) FIELD(group_rows) FIELD(offset);
 }
 
 void read(Fields& fields, MlpFwdParams& p) {
@@ -154,6 +169,9 @@ PYBIND11_MODULE(_cuda, m) {
     define(m, "layer_norm_fwd", &layer_norm_fwd);
     define(m, "layer_norm_bwd", &layer_norm_bwd);
     m.def("layer_norm_bwd_partial_rows", &layer_norm_bwd_partial_rows);
+    m.def("rms_norm_bwd_partial_rows", &rms_norm_bwd_partial_rows);
+    define(m, "rms_norm_fwd", &rms_norm_fwd);
+    define(m, "rms_norm_bwd", &rms_norm_bwd);
     define(m, "mlp_fwd", &mlp_fwd);
     define(m, "mlp_bwd", &mlp_bwd);
 }

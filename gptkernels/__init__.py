@@ -1,4 +1,4 @@
-"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, MLP and loss, in Triton and CUDA C++.
+"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, RMSNorm, MLP and loss, in Triton and CUDA C++.
 
 import gptkernels as gk
 y = gk.layer_norm(x, weight, bias)                    # the fastest backend that supports the call
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .ops.layer_norm import add_layer_norm, layer_norm
     from .ops.linear_cross_entropy import linear_cross_entropy
     from .ops.mlp import mlp
+    from .ops.rms_norm import add_rms_norm, rms_norm
     from .ops.rope import rope
     from .swap.accelerate import accelerate
     from .tuning.recorded import tune
@@ -27,6 +28,7 @@ __all__ = [
     "UnsupportedError",
     "accelerate",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "decode_attention",
     "explain",
@@ -35,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "nn",
+    "rms_norm",
     "rope",
     "swap",
     "tune",
@@ -47,12 +50,14 @@ _HOMES = {
     "UnsupportedError": "dispatch",
     "accelerate": "swap",
     "add_layer_norm": "ops.layer_norm",
+    "add_rms_norm": "ops.rms_norm",
     "attention": "ops.attention",
     "decode_attention": "ops.attention",
     "explain": "dispatch",
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "mlp": "ops.mlp",
+    "rms_norm": "ops.rms_norm",
     "rope": "ops.rope",
     "tune": "tuning.recorded",
 }

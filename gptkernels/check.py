@@ -25,6 +25,8 @@ from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_cross_entropy import reference as loss_reference
 from .ops.mlp import mlp
 from .ops.mlp import reference as mlp_reference
+from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rms_norm import reference as rms_norm_reference
 from .parity import assert_parity
 from .progress import Steps
 
@@ -101,6 +103,23 @@ def add_layer_norm_cases(small: bool) -> Iterator[Case]:
             )
 
 
+def rms_norm_cases(small: bool) -> Iterator[Case]:
+    sizes = [(20, 64), (5, 63), (2, 4096)] if small else [(9999, 128), (4096, 768), (333, 12288), (9, 65536)]
+    for (rows, columns), cast in zip(sizes, ("llama", "gemma", "gpt_oss", "llama"), strict=False):
+        shapes = {"x": (rows, columns), "weight": (columns,)}
+        options = {"cast": cast, "offset": 1.0 if cast == "gemma" else 0.0}
+        yield Case(f"{rows} x {columns}, {cast}", rms_norm, rms_norm_reference.rms_norm, shapes, options)
+
+
+def add_rms_norm_cases(small: bool) -> Iterator[Case]:
+    for rows, columns in [(5, 111)] if small else [(4096, 768), (333, 12288)]:
+        shapes = {"x": (rows, columns), "residual": (rows, columns), "weight": (columns,)}
+        for dropout in (0.0, 0.1):
+            label = f"{rows} x {columns}" + (f", dropout {dropout}" if dropout else "")
+            options = {"dropout": dropout} if dropout else {}
+            yield Case(label, add_rms_norm, rms_norm_reference.add_rms_norm, shapes, options)
+
+
 def attention_cases(small: bool) -> Iterator[Case]:
     batch, heads, kv_heads = (1, 2, 1) if small else (2, 8, 2)
     lengths = [(63, 63), (70, 133)] if small else [(1, 1), (111, 111), (1000, 1000), (63, 1024), (2049, 2049)]
@@ -174,6 +193,8 @@ def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
 CASES = {
     "layer_norm": layer_norm_cases,
     "add_layer_norm": add_layer_norm_cases,
+    "rms_norm": rms_norm_cases,
+    "add_rms_norm": add_rms_norm_cases,
     "attention": attention_cases,
     "decode_attention": decode_attention_cases,
     "mlp": mlp_cases,

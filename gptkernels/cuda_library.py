@@ -195,9 +195,3 @@ class Launch:
             except RuntimeError as error:
                 _counters.clear()  # it may have stopped half-way
                 raise RuntimeError(f"{self.name}: {error}") from None
-
-
-def launch(name: str, device: torch.device, fields: dict) -> None:
-    tensors = {k: v for k, v in fields.items() if v is None or isinstance(v, torch.Tensor)}
-    numbers = {k: v for k, v in fields.items() if k not in tensors}
-    Launch(name, device, tuple(tensors), numbers)(*tensors.values())

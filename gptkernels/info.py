@@ -14,6 +14,7 @@ from .ops.attention import attention, decode_attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mlp import mlp
+from .ops.rms_norm import add_rms_norm, rms_norm
 from .tuning import choices
 
 AVAILABLE = "available"
@@ -59,6 +60,8 @@ def samples(device: torch.device) -> dict:
     return {
         "layer_norm": (layer_norm, (x, weight)),
         "add_layer_norm": (add_layer_norm, (x, x, weight)),
+        "rms_norm": (rms_norm, (x, weight)),
+        "add_rms_norm": (add_rms_norm, (x, x, weight)),
         "attention": (attention, (q, q, q)),
         "decode_attention": (decode_attention, (q, q, q, torch.full((1,), 16, dtype=torch.int32, device=device))),
         "mlp": (mlp, (x, fc_weight, None, proj_weight, None)),

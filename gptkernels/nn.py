@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .ops.attention import attention
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.mlp import mlp
+from .ops.rms_norm import add_rms_norm, rms_norm
 
 
 class LayerNorm(nn.Module):
@@ -33,6 +34,32 @@ class LayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, bias={self.bias is not None}, eps={self.eps}"
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension; with a residual, the addition before it in the same pass. offset, cast: see
+    rms_norm; with an offset the weight starts as what makes 1 of it."""
+
+    def __init__(
+        self, width: int, *, eps: float = 1e-6, offset: float = 0.0, cast: str = "llama", backend: str = "auto"
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset, self.cast, self.backend = eps, offset, cast, backend
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x, residual: (..., width) -> norm(x), or with a residual (norm(h), h), h = dropout(x) + residual
+
+        dropout is the probability in training; in evaluation nothing is dropped."""
+        options = {"eps": self.eps, "offset": self.offset, "cast": self.cast, "backend": self.backend}
+        if residual is None:
+            return rms_norm(x, self.weight, **options)
+        return add_rms_norm(x, residual, self.weight, dropout=dropout if self.training else 0.0, **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, offset={self.offset}, cast={self.cast}"
 
 
 class MLP(nn.Module):

@@ -31,9 +31,9 @@ def torch_op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable:
 
         @functools.wraps(launcher)
         def call(record, *rest):
-            first = record if isinstance(record, Tensor) else record.first
+            first = record.first
             if torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter):
-                return op(record, *rest) if isinstance(record, Tensor) else op(*record.flat(), *rest)
+                return op(*record.flat(), *rest)
             if first.is_meta:
                 return fake(record, *rest)
             if torch.is_grad_enabled():  # as in a backward pass with create_graph=True
@@ -53,8 +53,6 @@ def flattened(function: Callable, launcher: Callable) -> Callable:
     hints = get_type_hints(launcher)
     first, *rest = inspect.signature(launcher).parameters
     record = hints[first]
-    if record is Tensor:
-        return function
     fields = get_type_hints(record)
     annotated = {name: fields[name] for name in record.__slots__} | {name: hints[name] for name in rest}
 

@@ -136,12 +136,13 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=padding))
 
 
-def calls(layers: int = LAYERS, norms: int = 0, mlps: int | None = None) -> dict[str, int]:
-    return {"attention": layers, "layer_norm": norms, "mlp": layers if mlps is None else mlps}
+def calls(layers: int = LAYERS, norms: int = 0, mlps: int | None = None, rms_norms: int = 0) -> dict[str, int]:
+    mlps = layers if mlps is None else mlps
+    return {"attention": layers, "layer_norm": norms, "rms_norm": rms_norms, "mlp": mlps}
 
 
 PRE_NORM = calls(norms=2 * LAYERS + 1)
-ATTENTION_ONLY = calls(mlps=0)
+GATED = calls(mlps=0, rms_norms=2 * LAYERS + 1)
 FAMILIES = [
     ModelFamily("GPT-2", transformers_model("GPT2LMHeadModel", "GPT2Config", **GPT2, **NO_DROPOUT), calls=PRE_NORM),
     ModelFamily(
@@ -164,14 +165,14 @@ FAMILIES = [
     ModelFamily(
         "OPT", transformers_model("OPTForCausalLM", "OPTConfig", **OPT, word_embed_proj_dim=WIDTH), calls=PRE_NORM
     ),
-    ModelFamily("Llama", llama_like("Llama"), calls=ATTENTION_ONLY),
-    ModelFamily("Mistral", llama_like("Mistral", sliding_window=7), calls=ATTENTION_ONLY),
+    ModelFamily("Llama", llama_like("Llama"), calls=GATED),
+    ModelFamily("Mistral", llama_like("Mistral", sliding_window=7), calls=GATED),
     ModelFamily(
         "Qwen2",
         llama_like("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
-        calls=ATTENTION_ONLY,
+        calls=GATED,
     ),
-    ModelFamily("Gemma", llama_like("Gemma"), calls=ATTENTION_ONLY),
+    ModelFamily("Gemma", llama_like("Gemma"), calls=GATED),
     ModelFamily(
         "BERT",
         transformers_model("BertForMaskedLM", "BertConfig", **BERT),

@@ -22,6 +22,14 @@ def add_layer_norm(x=X, residual=X, weight=W, bias=None, **options):
     return gk.add_layer_norm(x, residual, weight, bias, **options)
 
 
+def rms_norm(x=X, weight=W, **options):
+    return gk.rms_norm(x, weight, **options)
+
+
+def add_rms_norm(x=X, residual=X, weight=W, **options):
+    return gk.add_rms_norm(x, residual, weight, **options)
+
+
 # (op, arguments, exception, words of the message)
 CASES = [
     (layer_norm, {"x": X.tolist()}, TypeError, "x must be a tensor, not list"),
@@ -71,6 +79,27 @@ CASES = [
     (add_layer_norm, {"dropout": True}, TypeError, "dropout must be a number, not bool"),
     (add_layer_norm, {"eps": 0.0}, ValueError, "eps must be > 0"),
     (add_layer_norm, {"weight": torch.randn(31)}, ValueError, r"weight must have shape \(32,\)"),
+    (rms_norm, {"x": X.tolist()}, TypeError, "x must be a tensor, not list"),
+    (rms_norm, {"x": X.double()}, TypeError, "x must be float16, bfloat16, float32, not float64"),
+    (rms_norm, {"x": torch.tensor(1.0)}, ValueError, r"x must have a last dimension .* not shape \(\)"),
+    (rms_norm, {"weight": 1.0}, TypeError, "weight must be a tensor, not float"),
+    (rms_norm, {"x": HALF, "weight": W.bfloat16()}, TypeError, "weight must be float16, float32, not bfloat16"),
+    (rms_norm, {"weight": torch.randn(31)}, ValueError, r"weight must have shape \(32,\) .* not \(31,\)"),
+    (rms_norm, {"weight": W.to("meta")}, ValueError, "weight must be on cpu like the other tensors, not on meta"),
+    (rms_norm, {"eps": 0}, ValueError, "eps must be > 0, not 0"),
+    (rms_norm, {"eps": None}, TypeError, "eps must be a number, not NoneType"),
+    (rms_norm, {"offset": "1"}, TypeError, "offset must be a number, not str"),
+    (rms_norm, {"offset": float("inf")}, ValueError, "offset must be finite, not inf"),
+    (rms_norm, {"offset": float("nan")}, ValueError, "offset must be finite, not nan"),
+    (rms_norm, {"offset": 1.0, "weight": None}, ValueError, "offset must be 0 without a weight, not 1.0"),
+    (rms_norm, {"cast": "olmo"}, ValueError, "cast must be one of llama, gemma, gpt_oss, not 'olmo'"),
+    (rms_norm, {"cast": []}, ValueError, "cast must be one of llama, gemma, gpt_oss, not"),
+    (rms_norm, {"backend": "cudnn"}, ValueError, "backend must be one of auto, cuda, triton, eager, not 'cudnn'"),
+    (rms_norm, {"backend": "cuda"}, gk.UnsupportedError, "cuda: runs on CUDA tensors, not cpu"),
+    (add_rms_norm, {"residual": None}, TypeError, "residual must be a tensor, not NoneType"),
+    (add_rms_norm, {"residual": X[:3]}, ValueError, r"residual must have shape \(4, 32\) .* not \(3, 32\)"),
+    (add_rms_norm, {"residual": HALF}, TypeError, "residual must be float32, not float16"),
+    (add_rms_norm, {"dropout": 1.0}, ValueError, "dropout must be >= 0 and < 1, not 1.0"),
 ]
 
 

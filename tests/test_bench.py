@@ -21,6 +21,8 @@ TINY = {
     "decode_attention": {"B": 2, "H": 4, "G": 2, "T": 48, "D": 16, "W": 20},
     "layer_norm": {"M": 37, "N": 48},
     "add_layer_norm": {"M": 37, "N": 48},
+    "rms_norm": {"M": 37, "N": 48},
+    "add_rms_norm": {"M": 37, "N": 48},
     "mlp": {"M": 21, "N": 16},
     "linear_cross_entropy": {"M": 21, "N": 16, "V": 101},
 }
@@ -217,6 +219,7 @@ def test_flops_and_bytes():
     assert norm.bytes("fwd") == pytest.approx(2 * 2e6, rel=0.01)
     assert norm.bytes("bwd") == pytest.approx(3 * 2e6, rel=0.01)
     assert Case.of("add_layer_norm", "bfloat16", M=1000, N=1000).bytes("bwd") == pytest.approx(4 * 2e6, rel=0.01)
+    assert Case.of("rms_norm", "bfloat16", M=1000, N=1000).bytes("bwd") == 3 * 2e6 + 4 * 1000 + 2 * 2000
     assert Case.of("linear_cross_entropy", M=2, N=3, V=5).flops("both") == 6 * 30
     for op, shape in TINY.items():
         case = Case.of(op, **shape)

@@ -77,7 +77,7 @@ def test_layer_norm_backward_launches_what_the_gpu_holds(predict, columns):
     """All of its CTAs, and so all of the partial rows, are there at once; none could be added."""
     from gptkernels import cuda_library
 
-    launch = predict.clock_stages.layer_norm_launches(64, columns, True)[0]
+    launch = predict.clock_stages.norm_launches("layer_norm", 64, columns, True)[0]
     assert cuda_library.load().layer_norm_bwd_partial_rows(1 << 20, columns, 1) == launch.resident_ctas
 
 

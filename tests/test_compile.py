@@ -1,4 +1,4 @@
-"""Every launch of the Triton LayerNorm and what nvcc made of the CUDA kernels: no spills, wide loads."""
+"""Every launch of the Triton LayerNorm and RMSNorm and what nvcc made of the CUDA kernels: no spills, wide loads."""
 
 import re
 import subprocess
@@ -12,6 +12,7 @@ from conftest import skip_without_library
 
 from gptkernels import cuda_library, simulator
 from gptkernels.ops.layer_norm import triton_kernels
+from gptkernels.ops.rms_norm import triton_kernels as rms_norm_kernels
 
 if simulator.unavailable():
     pytest.skip(simulator.unavailable(), allow_module_level=True)
@@ -67,15 +68,39 @@ def resource_usage(path: str, name: str) -> list[tuple[str, int, int]]:
     return [(function, int(registers), int(stack)) for function, registers, stack in found if name in function]
 
 
-# How many there are; cross entropy: with aligned rows and without, for each dtype.
-@pytest.mark.parametrize(("name", "count"), [("layer_norm", 102), ("cross_entropy", 3 * 2)])
+def launch_rms_norm(columns: int, dtype: torch.dtype, residual_dtype: torch.dtype, dropout: float) -> None:
+    """With a residual, and alone: short rows, which heads have, in groups"""
+    x, dy = torch.empty(2, 64, columns, dtype=dtype)
+    residual, dh = torch.empty(2, 64, columns, dtype=residual_dtype)
+    weight, rstd = torch.empty(columns, dtype=dtype), torch.empty(64)
+    seed = torch.zeros(1, dtype=torch.int64) if dropout else None
+    rms_norm_kernels.rms_norm_fwd(x, residual, weight, seed, 1e-6, 0.0, True, dropout)
+    rms_norm_kernels.rms_norm_bwd(dy, dh, residual, weight, rstd, seed, 0.0, dropout, True)
+    alone = torch.empty(32, 3, columns, dtype=dtype)[:, :2] if columns <= 256 else x
+    rms_norm_kernels.rms_norm_fwd(alone, None, weight, None, 1e-6, 1.0, False, 0.0)
+    rms_norm_kernels.rms_norm_bwd(alone, None, alone, weight, rstd, None, 1.0, 0.0, True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_triton_rms_norm(arch, dtype):
+    """The shortest rows, the longest that stay in registers, and those that do not"""
+    with compiled_launches(arch) as launches:
+        for columns in (64, 128, 8192) if dtype == torch.bfloat16 else (256, 65536):
+            launch_rms_norm(columns, dtype, dtype, 0.0)
+    for launch in launches:
+        assert_within_limits(launch)
+
+
+# How many there are of both norms; cross entropy: with aligned rows and without, for each dtype.
+@pytest.mark.parametrize(("name", "count"), [("layer_norm", 2 * 102), ("cross_entropy", 3 * 2)])
 def test_cuda_resources(name, count):
     usage = resource_usage(library_or_skip().__file__, name)
     assert len(usage) == count * len(cuda_library.built_archs())
     assert [function for function, _, stack in usage if stack] == []
 
 
-# Of aligned rows: LayerNorm's last flag forward, its first one backward, and cross entropy's only one.
+# Of aligned rows: the norms' last flag forward, the one after the vectors backward, and cross entropy's only one.
 MOVES_16_BYTES = r"layer_norm_fwd_kernel\S*Lb1EEv|layer_norm_bwd_kernelI\S*?Li\d+ELb1ELb|cross_entropy_kernel\S*Lb1EEv"
 
 
@@ -90,7 +115,7 @@ def test_cuda_kernels_move_16_bytes():
             moving += 1
             assert re.search(r"\bld\.global\S*\.v4\.(b|u|f)32", body), f"{name} has no 16-byte loads"
             assert re.search(r"\bst\.global\S*\.v4\.(b|u|f)32", body), f"{name} has no 16-byte stores"
-    assert moving == 55 * len(cuda_library.built_archs())
+    assert moving == (2 * 52 + 3) * len(cuda_library.built_archs())
 
 
 def test_cuda_ptx_assembles_for_blackwell():

@@ -35,6 +35,10 @@ def layer_norm():
     return gk.layer_norm(*leaves((9, 128), (128,), (128,)), backend="cuda")
 
 
+def rms_norm():
+    return gk.rms_norm(*leaves((9, 128), (128,)), backend="cuda")
+
+
 def mlp():
     return gk.mlp(*leaves((40, 64), (128, 64), (128,), (64, 128), (64,)), backend="cuda")
 
@@ -48,6 +52,7 @@ OPS = {
     "attention": attention(),
     "banded": attention(window=50),
     "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
     "mlp": mlp,
     "linear_cross_entropy": loss,
 }
@@ -63,7 +68,8 @@ def device():
 
 # Launches forward and backward. The loss computes its gradient in the forward pass; the MLP's products are two a pass,
 # of which backward leaves those of the weights to cuBLAS.
-LAUNCHES = {"attention": (1, 3), "banded": (1, 3), "layer_norm": (1, 2), "mlp": (2, 1), "linear_cross_entropy": (1, 0)}
+LAUNCHES = {"attention": (1, 3), "banded": (1, 3), "layer_norm": (1, 2), "rms_norm": (1, 2), "mlp": (2, 1)}
+LAUNCHES["linear_cross_entropy"] = (1, 0)
 
 
 @pytest.mark.parametrize("op", OPS)

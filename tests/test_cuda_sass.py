@@ -1,6 +1,7 @@
 """What the machine code of every Hopper kernel must not have: fences of the whole GPU between products, products that
 the assembler serialised, more registers than were granted."""
 
+import itertools
 import re
 import shutil
 
@@ -70,13 +71,13 @@ def test_the_assembler_serialises_no_product_and_spills_nothing():
 
 
 def test_loads_are_under_way_together():
-    """Whole rows, of 16 bits: cross entropy has four loads of 16 bytes at a time, LayerNorm all of a thread's share."""
+    """Whole rows, of 16 bits: cross entropy has four loads of 16 bytes at a time, a norm all of a thread's share."""
     aligned = [k for k in sass.kernels("cross_entropy_kernel") if "Lb1E" in k.name]
     assert len(aligned) >= 3
     assert all(kernel.loads_under_way >= 4 for kernel in aligned)
-    # <T, H, vectors, residual, whole>: of x, and of the residual beside it.
-    for vectors in (1, 2, 4):
-        for residual in (0, 1):
-            found = [k for k in sass.kernels("layer_norm_fwd_kernel") if f"Li{vectors}ELb{residual}ELb1E" in k.name]
-            assert len(found) >= 3
-            assert all(k.loads_under_way >= vectors * (1 + residual) for k in found), (vectors, residual)
+    # <T, H, RMSNorm, vectors, residual, whole>: of x, and of the residual beside it.
+    for rms, vectors, residual in itertools.product((0, 1), (1, 2, 4), (0, 1)):
+        flags = f"Lb{rms}ELi{vectors}ELb{residual}ELb1E"
+        found = [k for k in sass.kernels("layer_norm_fwd_kernel") if flags in k.name]
+        assert len(found) >= 3
+        assert all(k.loads_under_way >= vectors * (1 + residual) for k in found), flags

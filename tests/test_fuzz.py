@@ -20,6 +20,7 @@ from gptkernels.ops.attention import reference as attention_reference
 from gptkernels.ops.layer_norm import reference as layer_norm_reference
 from gptkernels.ops.linear_cross_entropy import reference as loss_reference
 from gptkernels.ops.mlp import reference as mlp_reference
+from gptkernels.ops.rms_norm import reference as rms_norm_reference
 
 
 def attack(config, cases: int):
@@ -47,6 +48,11 @@ def good(op) -> dict:
             **{"x": randn(3, 32), "residual": randn(3, 32), "weight": randn(32), "bias": randn(32)},
             **{"eps": 1e-5, "dropout": 0.0},
         },
+        gk.rms_norm: {"x": randn(3, 5, 32), "weight": randn(32), "eps": 1e-6, "offset": 1.0, "cast": "gemma"},
+        gk.add_rms_norm: {
+            **{"x": randn(3, 32), "residual": randn(3, 32), "weight": randn(32)},
+            **{"eps": 1e-6, "offset": 0.0, "cast": "llama", "dropout": 0.0},
+        },
         gk.attention: {
             **dict(zip("qkv", heads, strict=True)),
             **{"causal": True, "window": None, "scale": None, "dropout": 0.0, "key_start": None, "cu_seqlens": None},
@@ -69,6 +75,8 @@ def good(op) -> dict:
 REFERENCES = {
     gk.layer_norm: layer_norm_reference.layer_norm,
     gk.add_layer_norm: layer_norm_reference.add_layer_norm,
+    gk.rms_norm: rms_norm_reference.rms_norm,
+    gk.add_rms_norm: rms_norm_reference.add_rms_norm,
     gk.attention: attention_reference.attention,
     gk.decode_attention: attention_reference.decode_attention,
     gk.mlp: mlp_reference.mlp,

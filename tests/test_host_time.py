@@ -27,6 +27,7 @@ CACHE = torch.randn(2, 2, 64, 32).bfloat16()
 LENGTHS = torch.full((2,), 9, dtype=torch.int32)
 OPS = {
     "layer_norm": lambda backend: gk.layer_norm(*NORM, backend=backend),
+    "rms_norm": lambda backend: gk.rms_norm(*NORM[:2], backend=backend),
     "attention": lambda backend: gk.attention(*HEADS, backend=backend),
     "banded": lambda backend: gk.attention(*HEADS, window=7, backend=backend),
     "mlp": lambda backend: gk.mlp(*LAYERS, backend=backend),
@@ -37,6 +38,8 @@ OPS = {
 MOST_CALLS = {
     ("layer_norm", "cuda"): (80, 106),
     ("layer_norm", "triton"): (104, 141),
+    ("rms_norm", "cuda"): (81, 109),
+    ("rms_norm", "triton"): (102, 140),
     ("attention", "cuda"): (135, 190),
     ("attention", "triton"): (148, 272),
     ("banded", "cuda"): (139, 191),

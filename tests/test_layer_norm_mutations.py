@@ -27,25 +27,30 @@ BLOCK = (64, 2, 1)  # row_shape(1592): up to four vectors of 8 a thread, two row
 SOURCE = """
 #include "layer_norm/layer_norm_fwd_kernel.cuh"
 #include "layer_norm/layer_norm_bwd_kernel.cuh"
-template __global__ void layer_norm_fwd_kernel<float, float, 4, false, true>(const LayerNormFwdParams);
-template __global__ void layer_norm_bwd_kernel<float, float, 4, true>(const LayerNormBwdParams);
+template __global__ void layer_norm_fwd_kernel<float, float, false, 4, false, true>(const LayerNormFwdParams);
+template __global__ void layer_norm_bwd_kernel<float, float, false, 4, true>(const LayerNormBwdParams);
 template __global__ void layer_norm_bwd_reduce_kernel<float>(const LayerNormBwdParams);
 """
 
 
-class FwdParams(ctypes.Structure):
-    """LayerNormFwdParams of csrc/layer_norm/layer_norm.h."""
+class NormFwdParams(ctypes.Structure):
+    """NormFwdParams of csrc/layer_norm/layer_norm.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "bias", "seed", "y", "h", "mean", "rstd")),
-        *((name, ctypes.c_int64) for name in ("rows",)),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "weight", "seed", "y", "h", "rstd")),
+        *((name, ctypes.c_int64) for name in ("rows", "x_stride", "residual_stride")),
         ("columns", ctypes.c_int),
-        *((name, ctypes.c_int64) for name in ("x_stride", "residual_stride")),
         *((name, ctypes.c_float) for name in ("eps", "keep_scale")),
         ("drop_below", ctypes.c_uint32),
         ("x_dtype", ctypes.c_int),
         *((name, ctypes.c_bool) for name in ("residual_is_float", "weight_is_float")),
     ]
+
+
+class FwdParams(NormFwdParams):
+    """LayerNormFwdParams"""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("bias", "mean")]
 
 
 class BwdParams(ctypes.Structure):
@@ -64,7 +69,7 @@ class BwdParams(ctypes.Structure):
     ]
 
 
-def compile_kernels(folder: Path, edit: tuple[str, str, str] | None) -> ptxemu.Module:
+def compile_kernels(folder: Path, edit: tuple[str, str, str] | None, kernels: str = SOURCE) -> ptxemu.Module:
     """edit: (file of csrc/layer_norm, text in it, its replacement); the text must occur exactly once."""
     overlay = folder / "layer_norm"
     overlay.mkdir()
@@ -75,7 +80,7 @@ def compile_kernels(folder: Path, edit: tuple[str, str, str] | None) -> ptxemu.M
             text = text.replace(edit[1], edit[2])
         (overlay / path.name).write_text(text)
     source, ptx = folder / "kernels.cu", folder / "kernels.ptx"
-    source.write_text(SOURCE)
+    source.write_text(kernels)
     command = [cuda_build.find_nvcc(), "-std=c++17", "-O3", "-arch=compute_90a", "-ptx", f"-I{folder}"]
     command += [f"-I{cuda_build.source_directory()}", str(source), "-o", str(ptx)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -139,11 +144,11 @@ def test_the_kernels_as_they_are(tmp_path):
 
 SHAPE, FWD, BWD = "layer_norm_shape.cuh", "layer_norm_fwd_kernel.cuh", "layer_norm_bwd_kernel.cuh"
 EDITS = {
-    "no barrier before reading the warps' sums": (SHAPE, "value;\n    __syncthreads();", "value;"),
-    "no barrier after reading the warps' sums": (SHAPE, "__syncthreads();\n    return value;", "return value;"),
+    "no barrier before reading the warps' sums": (SHAPE, "= 0.0f;\n    }\n    __syncthreads();", "= 0.0f;\n    }"),
+    "no barrier after reading the warps' sums": (SHAPE, "    __syncthreads();\n}\n\n// Where", "}\n\n// Where"),
     "no barrier in the reduction": (BWD, "= sum;\n    __syncthreads();", "= sum;"),
     "a warp missing from the sum": (SHAPE, "warp < warps;", "warp < warps - 1;"),
-    "a lane missing from the sum": (SHAPE, "offset > 0;", "offset > 1;"),
+    "a lane missing from the sum": (SHAPE, "int offset = 16; offset > 0;", "int offset = 16; offset > 1;"),
     "variance of padding": (FWD, "inside(column, j) ? h[i][j] - mean : 0.0f", "h[i][j] - mean"),
     "x_hat off": (BWD, "(h[i][j] - mean) * rstd;", "(h[i][j] - mean) * rstd + 1.0f;"),
     "mean of another row": (BWD, "p.mean[row] : 0.0f", "p.mean[first ? row - 1 : row] : 0.0f"),

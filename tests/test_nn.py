@@ -26,6 +26,22 @@ def test_layer_norm():
     assert gk.nn.LayerNorm(48, bias=False).bias is None
 
 
+def test_rms_norm():
+    ours, theirs = gk.nn.RMSNorm(48, eps=1e-3), torch.nn.RMSNorm(48, eps=1e-3)
+    with torch.no_grad():
+        ours.weight.uniform_()
+    theirs.load_state_dict(ours.state_dict())
+    x, residual = torch.randn(2, 3, 48), torch.randn(2, 3, 48)
+    torch.testing.assert_close(ours(x), theirs(x))
+    y, h = ours(x, residual)
+    torch.testing.assert_close(h, x + residual)
+    torch.testing.assert_close(y, theirs(h))
+    assert (ours(x, residual, dropout=0.9)[1] == residual).float().mean() > 0.8
+    torch.testing.assert_close(ours.eval()(x, residual, dropout=0.9)[1], x + residual)
+    gemma = gk.nn.RMSNorm(48, eps=1e-3, offset=1.0, cast="gemma")
+    torch.testing.assert_close(gemma(x), torch.nn.RMSNorm(48, eps=1e-3)(x))
+
+
 @pytest.mark.parametrize("hidden", [None, 40])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp(hidden, bias):
@@ -71,7 +87,7 @@ def test_dropout_is_for_training():
 
 def test_copies_and_pickles():
     x = torch.randn(1, 9, 64)
-    for module in (gk.nn.CausalSelfAttention(64, 4, window=3), gk.nn.MLP(64), gk.nn.LayerNorm(64)):
+    for module in (gk.nn.CausalSelfAttention(64, 4, window=3), gk.nn.MLP(64), gk.nn.LayerNorm(64), gk.nn.RMSNorm(64)):
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(other(x), module(x))
 

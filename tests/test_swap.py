@@ -34,14 +34,14 @@ def family(name: str):
 def test_report_says_what_happened_and_why():
     model = made(family("Llama"))
     report = gk.accelerate(model, window=4, layers=[1])
-    assert report.counts() == {"loss": 1, "attention": 3}
+    assert report.counts() == {"loss": 1, "attention": 3, "norm": 7}
     text = str(report)
     for part in (
-        "gptkernels replaced 1 loss, 3 attention; left 10",
+        "gptkernels replaced 1 loss, 3 attention, 7 norm; left 3",
         "model.layers.0.self_attn",
         "gptkernels.attention, window 4",
         "eager",
-        "gptkernels has no RMSNorm",
+        "gptkernels.rms_norm",
         "a gated MLP has three linear layers",
     ):
         assert part in text, part
@@ -129,9 +129,13 @@ def test_soft_capped_attention_is_left_and_has_no_window():
     from swap_models import llama_like
 
     model = llama_like("Gemma2")()
-    with pytest.raises(ValueError, match=r"Gemma2ForCausalLM has none(.|\n)*its scores are soft-capped"):
-        gk.accelerate(model)
+    report = gk.accelerate(model)
+    assert set(report.counts()) == {"norm"}
+    reasons = [row.reason for row in report.left if row.part == "attention"]
+    assert reasons
+    assert all("its scores are soft-capped" in reason for reason in reasons)
     assert model.config._attn_implementation == "eager"
+    report.undo()
     with pytest.raises(ValueError, match=r"window must be None for this model(.|\n)*its scores are soft-capped"):
         gk.accelerate(nn.Sequential(model, nn.LayerNorm(4)), window=3)
 

@@ -7,8 +7,12 @@ from torch.utils.checkpoint import checkpoint
 import gptkernels as gk
 from gptkernels.ops.dropout import draw_seed
 from gptkernels.ops.layer_norm import cuda_kernels, eager, triton_kernels
+from gptkernels.ops.rms_norm import cuda_kernels as rms_norm_cuda
+from gptkernels.ops.rms_norm import eager as rms_norm_eager
+from gptkernels.ops.rms_norm import triton_kernels as rms_norm_triton
 
 BACKENDS = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}
+RMS_NORM = {"eager": rms_norm_eager, "triton": rms_norm_triton, "cuda": rms_norm_cuda}
 
 
 def inputs(where, rows=4, columns=64):
@@ -71,6 +75,50 @@ def test_opcheck(anywhere, backend):
         torch.library.opcheck(kernels.layer_norm_bwd.torch_op, arguments)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rms_norm_compiles_without_a_break(anywhere, backend):
+    """Alone on heads of packed projections, with a residual and dropout, and where sizes change"""
+    anywhere.require(backend)
+    torch._dynamo.reset()
+
+    def block(x, residual, weight):
+        heads = gk.rms_norm(x.unflatten(-1, (2, 32)).transpose(0, 1), None, backend=backend).transpose(0, 1).flatten(1)
+        y, h = gk.add_rms_norm(heads, residual, weight, dropout=0.2, backend=backend)
+        return gk.rms_norm(y + h, weight, offset=1.0, cast="gemma", backend=backend).sin()
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (4, 7):
+        tensors = inputs(anywhere, rows)[:3]
+        results = []
+        for function in (block, compiled):
+            torch.manual_seed(5)
+            out = function(*tensors)
+            results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_rms_norm(anywhere, backend):
+    anywhere.require(backend)
+    kernels = RMS_NORM[backend]
+    x, residual, weight, _ = (t.detach() for t in inputs(anywhere))
+    seed, heads = draw_seed(x.device), torch.randn(4, 3, 64, device=x.device)[:, :2]
+    for arguments in (
+        (x, None, weight, None, 1e-5, 0.0, True, 0.0),
+        (heads, None, None, None, 1e-5, 0.0, True, 0.0),
+        (x.bfloat16(), residual, weight, seed, 1e-5, 1.0, False, 0.5),
+    ):
+        torch.library.opcheck(kernels.rms_norm_fwd.torch_op, arguments)
+    rstd = torch.rand(4, device=x.device)
+    for arguments in (
+        (x, None, residual, weight, rstd, None, 0.0, 0.0, True),
+        (heads, None, heads, None, torch.rand(8, device=x.device), None, 0.0, 0.0, False),
+        (x.bfloat16(), x, residual, weight, rstd, seed, 1.0, 0.5, True),
+    ):
+        torch.library.opcheck(kernels.rms_norm_bwd.torch_op, arguments)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoint_repeats_dropout(anywhere, backend, use_reentrant):
@@ -105,6 +153,9 @@ def test_double_backward_is_an_error(anywhere, backend):
         torch.testing.assert_close(a, b)
     with pytest.raises(gk.UnsupportedError, match="add_layer_norm: double backward"):
         first[0].square().sum().backward()
+    (first,) = torch.autograd.grad(gk.rms_norm(x, weight, backend=backend).square().sum(), x, create_graph=True)
+    with pytest.raises(gk.UnsupportedError, match="rms_norm: double backward"):
+        first.square().sum().backward()
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
@@ -164,6 +215,8 @@ def ops_on(device):
     return {
         "layer_norm": (gk.layer_norm, (x, weight), {}, [(8, 32)]),
         "add_layer_norm": (gk.add_layer_norm, (x, x, weight), {"dropout": 0.1}, [(8, 32)] * 2),
+        "rms_norm": (gk.rms_norm, (heads.transpose(1, 2), weight), {}, [(2, 16, 3, 32)]),
+        "add_rms_norm": (gk.add_rms_norm, (x, x, weight), {"dropout": 0.1}, [(8, 32)] * 2),
         "attention": (gk.attention, (heads,) * 3, {"window": 4, "key_start": lengths}, [(2, 3, 16, 32)]),
         "packed": (gk.attention, (heads[0],) * 3, {"cu_seqlens": starts, "dropout": 0.1}, [(3, 16, 32)]),
         "decode_attention": (gk.decode_attention, (heads[:, :, :1], heads, heads, lengths), {}, [(2, 3, 1, 32)]),

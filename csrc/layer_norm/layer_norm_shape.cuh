@@ -14,41 +14,55 @@ struct RowShape {
 
 constexpr int kMaxVectors = 4;
 constexpr int kThreadsPerCta = 128;
+constexpr int kFewestThreads = 8;  // of a row
 constexpr int max_threads(int vectors) { return vectors == 0 ? 512 : vectors == kMaxVectors ? 384 : kThreadsPerCta; }
 
-// The fewest threads that hold the row: then most of it is under way at once, and least is left to add up.
+// The fewest threads that hold the row: then most of it is under way at once, and least is left to add up. Several rows
+// share a warp where they are short.
 inline RowShape row_shape(int columns, int most_vectors = kMaxVectors, int most_threads = max_threads(kMaxVectors)) {
     for (int vectors = 1; vectors <= most_vectors; vectors *= 2) {
         const int threads = (columns + vectors * kElements - 1) / (vectors * kElements);
-        const int rounded = (threads + 31) / 32 * 32;
+        int rounded = (threads + 31) / 32 * 32;
+        while (rounded > kFewestThreads && rounded / 2 >= threads) rounded /= 2;
         if (rounded > (vectors < most_vectors ? 32 : most_threads)) continue;
         return {rounded, rounded >= kThreadsPerCta ? 1 : kThreadsPerCta / rounded, vectors};
     }
     return {max_threads(0), 1, 0};
 }
 
-// The sum of both values over the threads of a row, given to all of them. Every thread of the CTA must call it.
-// scratch: shared, 2 * (warps of the CTA) floats, not used by anything else until the next barrier.
-__device__ __forceinline__ float2 row_sum(float2 value, int threads_per_row, float2* scratch) {
+// Makes each of `sums` its sum over the threads of a row, for all of them. Every thread of the CTA must call it.
+// scratch: shared, kSums * (warps of the CTA) floats, not used by anything else until the next barrier. Only rows of one
+// vector a thread share warps.
+template <int kVectors, int kSums>
+__device__ __forceinline__ void row_sum(float (&sums)[kSums], int threads_per_row, float* scratch) {
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
-        value.x += __shfl_xor_sync(0xffffffffu, value.x, offset);
-        value.y += __shfl_xor_sync(0xffffffffu, value.y, offset);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+            const float other = __shfl_xor_sync(0xffffffffu, sums[i], offset);
+            sums[i] += kVectors != 1 || offset < threads_per_row ? other : 0.0f;
+        }
     }
-    if (threads_per_row == 32) return value;
-    const int thread = threadIdx.y * threads_per_row + threadIdx.x;
-    if (thread % 32 == 0) scratch[thread / 32] = value;
+    if (threads_per_row <= 32) return;
+    const int warps = threads_per_row / 32, first = threadIdx.y * warps;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+        if (threadIdx.x % 32 == 0) scratch[(first + threadIdx.x / 32) * kSums + i] = sums[i];
+        sums[i] = 0.0f;
+    }
     __syncthreads();
-    const int warps = threads_per_row / 32;
-    value = make_float2(0.0f, 0.0f);
-    for (int warp = 0; warp < warps; ++warp) {
-        const float2 other = scratch[threadIdx.y * warps + warp];
-        value.x += other.x;
-        value.y += other.y;
-    }
+    for (int warp = 0; warp < warps; ++warp)
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) sums[i] += scratch[(first + warp) * kSums + i];
     // The next sum may write where another warp still reads this one.
     __syncthreads();
-    return value;
+}
+
+// Where a row starts.
+__device__ __forceinline__ int64_t row_offset(int64_t row, int64_t stride, int64_t group_stride, int group_rows) {
+    if (group_rows == 0) return row * stride;
+    const uint32_t group = static_cast<uint32_t>(row) / group_rows;
+    return group * group_stride + (row - static_cast<int64_t>(group) * group_rows) * stride;
 }
 
 constexpr int kMaxWarps = 16;
@@ -73,6 +87,13 @@ __device__ __forceinline__ void with_parameters(bool is_float, Work work) {
         work(float{});
     else
         work(T{});
+}
+
+// The weight's part of a row; of RMSNorm it may be null.
+template <bool kWhole, bool kRms, typename P>
+__device__ __forceinline__ Packed<P> load_weight(const void* weight, int column, int columns) {
+    if (kRms && !weight) return {};
+    return load_packed<kWhole>(static_cast<const P*>(weight), column, columns);
 }
 
 // Calls work with a constant of compile time.

@@ -5,6 +5,7 @@ Useful work, per pass, whatever a kernel really does (s = bytes per element):
     decode          4 D FLOPs per head and key seen; the keys and values seen are read once
     layer_norm      7 FLOPs per element forward, 13 backward; 2 M N s bytes forward, 3 M N s backward
     add_layer_norm  8 and 14 FLOPs per element; 4 M N s bytes each way
+    rms_norm        4 FLOPs per element forward, 9 backward; add_rms_norm 5 and 10; bytes as of LayerNorm
     mlp             4 M N F FLOPs forward, 8 M N F backward
     loss            2 M N V FLOPs without gradients, 6 M N V with (they are made in the same pass)
 Bytes: each input is read once, each output and each tensor kept for backward is written once, and read once there.
@@ -27,6 +28,8 @@ from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.linear_cross_entropy import reference as loss_reference
 from ..ops.mlp import mlp
 from ..ops.mlp import reference as mlp_reference
+from ..ops.rms_norm import add_rms_norm, rms_norm
+from ..ops.rms_norm import reference as rms_norm_reference
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PASSES = ("fwd", "bwd", "both")
@@ -61,6 +64,8 @@ OPS = {
     "add_layer_norm": Op(
         add_layer_norm, layer_norm_reference.add_layer_norm, {"M": 4096, "N": 768}, "M rows, N columns"
     ),
+    "rms_norm": Op(rms_norm, rms_norm_reference.rms_norm, {"M": 4096, "N": 768}, "M rows, N columns"),
+    "add_rms_norm": Op(add_rms_norm, rms_norm_reference.add_rms_norm, {"M": 4096, "N": 768}, "M rows, N columns"),
     "mlp": Op(mlp, mlp_reference.mlp, {"M": 4096, "N": 768, "F": 0}, "M rows, N width, F hidden width (4 N)"),
     "linear_cross_entropy": Op(
         linear_cross_entropy,
@@ -70,6 +75,10 @@ OPS = {
         ("fwd", "both"),
     ),
 }
+
+
+# FLOPs per element, forward and backward
+NORMS = {"layer_norm": (7, 13), "add_layer_norm": (8, 14), "rms_norm": (4, 9), "add_rms_norm": (5, 10)}
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,10 @@ class Case:
             lengths = torch.full((s["B"],), s["T"], dtype=torch.int32, device=device)
             return {"q": random(s["B"], s["H"], 1, s["D"]), **caches, "lengths": lengths}
         rows, width = s["M"], s["N"]
-        if self.op in ("layer_norm", "add_layer_norm"):
-            inputs = ("x", "residual") if self.op == "add_layer_norm" else ("x",)
-            return {name: random(rows, width) for name in inputs} | {n: random(width) for n in ("weight", "bias")}
+        if self.op in NORMS:
+            inputs = ("x", "residual") if self.op.startswith("add_") else ("x",)
+            parameters = ("weight",) if "rms" in self.op else ("weight", "bias")
+            return {name: random(rows, width) for name in inputs} | {name: random(width) for name in parameters}
         if self.op == "mlp":
             hidden = s["F"]
             return {
@@ -172,6 +182,8 @@ class Case:
             "decode_attention": ("q",),
             "layer_norm": ("x",),
             "add_layer_norm": ("x", "residual"),
+            "rms_norm": ("x",),
+            "add_rms_norm": ("x", "residual"),
             "mlp": ("x",),
             "linear_cross_entropy": ("",),
         }[self.op]
@@ -191,8 +203,8 @@ class Case:
             return {"fwd": 4, "bwd": 8, "both": 12}[which] * s["M"] * s["N"] * s["F"]
         if self.op == "linear_cross_entropy":
             return {"fwd": 2, "both": 6}[which] * s["M"] * s["N"] * s["V"]
-        added = self.op == "add_layer_norm"
-        return {"fwd": 7 + added, "bwd": 13 + added, "both": 20 + 2 * added}[which] * s["M"] * s["N"]
+        forward, backward = NORMS[self.op]
+        return {"fwd": forward, "bwd": backward, "both": forward + backward}[which] * s["M"] * s["N"]
 
     def bytes(self, which: str) -> int:
         """Least traffic with device memory"""
@@ -206,10 +218,13 @@ class Case:
             tensors = s["B"] * s["T"] * s["D"] * (2 * s["H"] + 2 * s["G"]) * size
             return (1 if forward else 2) * tensors + 4 * s["B"] * s["H"] * s["T"]
         matrix = s["M"] * s["N"] * size
-        if self.op in ("layer_norm", "add_layer_norm"):
-            # mean and rstd in float32; weight and bias, or weight and both gradients
-            small = 8 * s["M"] + (2 if forward else 3) * s["N"] * size
-            return (4 if self.op == "add_layer_norm" else 2 if forward else 3) * matrix + small
+        if self.op in NORMS:
+            # mean and rstd in float32; weight and bias, or weight and both gradients. RMSNorm has no mean and no bias.
+            if "rms" in self.op:
+                small = 4 * s["M"] + (1 if forward else 2) * s["N"] * size
+            else:
+                small = 8 * s["M"] + (2 if forward else 3) * s["N"] * size
+            return (4 if self.op.startswith("add_") else 2 if forward else 3) * matrix + small
         if self.op == "mlp":
             weights, hidden = 2 * s["N"] * s["F"] * size, s["M"] * s["F"] * size
             # x, out and what is kept; backward: x, dout, dx, what was kept, and the weights' gradients

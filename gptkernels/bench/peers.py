@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..ops.attention.visibility import visible
-from .cases import OPS, Case
+from .cases import NORMS, OPS, Case
 
 ATTENTION = ("attention",)
 SDPA = ("attention", "decode_attention")
@@ -83,6 +83,8 @@ def plain(case: Case, device: torch.device) -> Callable:
     plain: dict[str, Callable] = {
         "layer_norm": plain_layer_norm,
         "add_layer_norm": plain_add_layer_norm,
+        "rms_norm": plain_rms_norm,
+        "add_rms_norm": plain_add_rms_norm,
         "mlp": plain_mlp,
         "linear_cross_entropy": plain_loss,
     }
@@ -96,6 +98,18 @@ def plain_layer_norm(x, weight, bias):
 def plain_add_layer_norm(x, residual, weight, bias):
     h = x + residual
     return F.layer_norm(h, weight.shape, weight, bias), h
+
+
+def plain_rms_norm(x, weight):
+    """As the models' own code has it"""
+    wide = x.float()
+    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * normalised.to(x.dtype)
+
+
+def plain_add_rms_norm(x, residual, weight):
+    h = x + residual
+    return plain_rms_norm(h, weight), h
 
 
 def plain_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
@@ -214,6 +228,12 @@ def liger(case: Case, device: torch.device) -> Callable:
         h = x + residual
         return functional.liger_layer_norm(h, weight, bias, 1e-5), h
 
+    def rms_norm(x, weight):
+        return functional.liger_rms_norm(x, weight, 1e-6, in_place=False)
+
+    def add_rms_norm(x, residual, weight):
+        return functional.liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
+
     def loss(x, weight, targets):
         found = functional.liger_fused_linear_cross_entropy(x, weight, targets, accum_dtype=torch.float32)
         return first_of(found)
@@ -221,6 +241,8 @@ def liger(case: Case, device: torch.device) -> Callable:
     ops: dict[str, Callable] = {
         "layer_norm": layer_norm,
         "add_layer_norm": add_layer_norm,
+        "rms_norm": rms_norm,
+        "add_rms_norm": add_rms_norm,
         "linear_cross_entropy": loss,
     }
     return ops[case.op]
@@ -239,6 +261,10 @@ def quack(case: Case, device: torch.device) -> Callable:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         return lambda x, weight, targets: chunked_linear_cross_entropy(x, weight, targets, tuned=False)
+    if case.op == "rms_norm":
+        from quack.rmsnorm import rmsnorm
+
+        return lambda x, weight: rmsnorm(x, weight, eps=1e-6)
     from quack.rmsnorm import layernorm_bwd, layernorm_fwd
 
     class QuackLayerNorm(torch.autograd.Function):
@@ -285,6 +311,10 @@ def torch_loss(case: Case, device: torch.device) -> Callable:
     return lambda x, weight, targets: F.linear_cross_entropy(x, weight, targets)
 
 
+def torch_rms_norm(case: Case, device: torch.device) -> Callable:
+    return lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6)
+
+
 ANY_DEVICE = ("cuda", "cpu")
 FA2, FA2_INSTALL = "flash_attn.flash_attn_interface", "pip install flash-attn --no-build-isolation"
 CONTENDERS = [
@@ -310,7 +340,7 @@ CONTENDERS = [
     Contender(
         "liger",
         "peer",
-        ("layer_norm", "add_layer_norm", "linear_cross_entropy"),
+        (*NORMS, "linear_cross_entropy"),
         liger,
         module="liger_kernel.transformers.functional",
         install="pip install liger-kernel",
@@ -318,12 +348,13 @@ CONTENDERS = [
     Contender(
         "quack",
         "peer",
-        ("layer_norm", "mlp", "linear_cross_entropy"),
+        ("layer_norm", "rms_norm", "mlp", "linear_cross_entropy"),
         quack,
         module="quack",
         install="pip install quack-kernels",
     ),
     Contender("torch-loss", "peer", ("linear_cross_entropy",), torch_loss, devices=ANY_DEVICE),
+    Contender("torch-rms-norm", "peer", ("rms_norm",), torch_rms_norm, devices=ANY_DEVICE),
     Contender("flex", "peer", ATTENTION, flex, only_if_asked=True),
     Contender("compile", "peer", tuple(OPS), compiled, devices=ANY_DEVICE, only_if_asked=True),
     Contender("products-only", "yardstick", ("mlp",), products_only, devices=ANY_DEVICE),

@@ -7,12 +7,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cases import Case
+from .cases import NORMS, Case
 from .measure import ROUNDS, Timing
 from .peers import Contender
 
 SHOWN = {"fwd": "forward", "bwd": "backward", "both": "forward + backward"}
-MEMORY_BOUND = ("layer_norm", "add_layer_norm", "decode_attention")
+MEMORY_BOUND = (*NORMS, "decode_attention")
 LEGEND = (
     "time: median. spread: half of p20 to p80. to ours: of our fastest. of gemm, of copy: of the rates above. "
     "error: of what our kernels are allowed. memory: peak beyond what is there before."

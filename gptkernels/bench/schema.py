@@ -32,7 +32,10 @@ DOCUMENT = {
     "cases": ((list,), "rows, as below"),
 }
 ROW = {
-    "op": (TEXT, "attention, decode_attention, layer_norm, add_layer_norm, mlp, linear_cross_entropy"),
+    "op": (
+        TEXT,
+        "attention, decode_attention, layer_norm, add_layer_norm, rms_norm, add_rms_norm, mlp, linear_cross_entropy",
+    ),
     "label": (TEXT, "the shape in short"),
     "shape": ((dict,), "every dimension by its letter"),
     "window": ((int, type(None)), "keys that a query sees; null: all, or no attention"),

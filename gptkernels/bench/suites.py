@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from ..failures import UsageError
-from .cases import OPS, Case
+from .cases import NORMS, OPS, Case
 
 SUITES = ("quick", "headline", "full")
 BOTH_WAYS = ("fwd", "bwd")
@@ -33,7 +33,7 @@ def cpu_quick(dtype: str) -> Iterator[Case]:
     yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=2, T=4096, D=64, W=256)
     yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=12, T=1024, D=64)
     yield Case.of("decode_attention", dtype, B=8, H=12, T=4096, D=64, W=256)
-    for op in ("layer_norm", "add_layer_norm"):
+    for op in NORMS:
         yield Case.of(op, dtype, BOTH_WAYS, M=4096, N=768)
     yield Case.of("mlp", dtype, ("both",), M=512, N=768)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=128, N=768)
@@ -61,8 +61,9 @@ def gpu_quick(dtype: str) -> Iterator[Case]:
     yield Case.of("attention", dtype, BOTH_WAYS, B=2, H=16, T=4096, D=64)
     yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=16, T=16384, D=64, W=1024)
     yield Case.of("decode_attention", dtype, B=32, H=16, T=4096, D=128)
-    for op in ("layer_norm", "add_layer_norm"):
+    for op in NORMS:
         yield Case.of(op, dtype, BOTH_WAYS, M=16384, N=1600)
+    yield Case.of("rms_norm", dtype, BOTH_WAYS, M=2**20, N=128)
     yield Case.of("mlp", dtype, ("both",), M=8192, N=1600)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=768)
 
@@ -81,8 +82,10 @@ def gpu_headline(dtype: str) -> Iterator[Case]:
     for width in (768, 2048, 4096, 12288):
         yield Case.of("mlp", dtype, ("both",), M=16384 if width < 12288 else 8192, N=width)
     yield Case.of("layer_norm", dtype, BOTH_WAYS, every_peer=True, M=16384, N=2048)
+    yield Case.of("rms_norm", dtype, BOTH_WAYS, every_peer=True, M=16384, N=2048)
+    yield Case.of("rms_norm", dtype, BOTH_WAYS, every_peer=True, M=2**20, N=128)
     for width in (1600, 4096, 12288):
-        for op in ("layer_norm", "add_layer_norm"):
+        for op in NORMS:
             yield Case.of(op, dtype, BOTH_WAYS, M=16384, N=width)
     yield Case.of("decode_attention", dtype, B=32, H=16, T=8192, D=128)
     # Small calls, for the time that the host takes.

@@ -14,20 +14,27 @@ import torch
 from torch import Tensor
 
 from .. import parity
-from .cases import Case
-from .peers import plain_add_layer_norm, plain_layer_norm
+from .cases import NORMS, Case
+from .peers import plain_add_layer_norm, plain_add_rms_norm, plain_layer_norm, plain_rms_norm
 
 # Ours may be twice as far from the truth as plain PyTorch. Others only have to compute the same thing.
 OURS_AT_MOST, PEERS_AT_MOST = 1.0, 10.0
 ROWS = {
     "layer_norm": ("x",),
     "add_layer_norm": ("x", "residual"),
+    "rms_norm": ("x",),
+    "add_rms_norm": ("x", "residual"),
     "mlp": ("x",),
     "linear_cross_entropy": ("x", "targets"),
 }
 # What plain PyTorch is, where that is not the reference in the case's dtype.
-PLAIN: dict[str, Callable] = {"layer_norm": plain_layer_norm, "add_layer_norm": plain_add_layer_norm}
-WIDEST = {"layer_norm": "N", "add_layer_norm": "N", "mlp": "F", "linear_cross_entropy": "V"}
+PLAIN: dict[str, Callable] = {
+    "layer_norm": plain_layer_norm,
+    "add_layer_norm": plain_add_layer_norm,
+    "rms_norm": plain_rms_norm,
+    "add_rms_norm": plain_add_rms_norm,
+}
+WIDEST = {**dict.fromkeys(NORMS, "N"), "mlp": "F", "linear_cross_entropy": "V"}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """accelerate(): walks a model, replaces what it knows, and says what it did."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from ..ops.attention.op import check_window
 from ..ops.layer_norm import layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp as mlp_op
+from ..ops.rms_norm import rms_norm
 from . import interface
 from .families import PARTS
 from .loss import HEAD, MODEL
@@ -19,6 +20,7 @@ from .parts import head_reason, head_size, is_float64
 from .probe import difference
 from .replacing import check_restorable, replace, restore
 from .report import Left, Replaced, Report
+from .rms_norms import ORDERS
 
 
 def accelerate(
@@ -151,7 +153,7 @@ def unknown_reason(module: nn.Module, part: str) -> str | None:
     """Why a module that has a part's name is left."""
     name = type(module).__name__
     if part == "norm" and "RMSNorm" in name:
-        return "gptkernels has no RMSNorm"
+        return "it computes none of the RMSNorms that gptkernels has"
     if part == "mlp" and hasattr(module, "gate_proj"):
         return "a gated MLP has three linear layers, and gptkernels.mlp two"
     return None
@@ -181,13 +183,17 @@ def replaced_row(path: str, module: nn.Module, family: Family, settings: Setting
         return None
     became = {
         "attention": "gptkernels.attention" + (f", window {settings.window}" if settings.window else ""),
-        "norm": "gptkernels.layer_norm",
+        "norm": f"gptkernels.{norm_of(family).__name__}",
         "mlp": "gptkernels.mlp",
         "loss": "gptkernels.linear_cross_entropy, in training",
     }[family.part]
     return Replaced(
         path or "the model", family.part, type(module).__name__, became, backend_of(module, family, settings)
     )
+
+
+def norm_of(family: Family) -> Callable:
+    return rms_norm if family.name in ORDERS else layer_norm
 
 
 def backend_of(module: Foreign, family: Family, settings: Settings) -> str:
@@ -204,7 +210,7 @@ def backend_of(module: Foreign, family: Family, settings: Settings) -> str:
         qkv = (tensor(1, 1, 256, head_size(module) or 64) for _ in range(3))
         choice = explain(attention_op, *qkv, window=settings.window, **options)
     elif family.part == "norm":
-        choice = explain(layer_norm, tensor(256, parameter.numel()), tensor(parameter.numel()), **options)
+        choice = explain(norm_of(family), tensor(256, parameter.numel()), tensor(parameter.numel()), **options)
     elif family.part == "mlp":
         width = parameter.shape[-1]
         choice = explain(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from . import interface, loss, shape_families, transformers_families
+from . import interface, loss, rms_norms, shape_families, transformers_families
 from .modules import FAMILIES, Family
 
 PARTS = ("attention", "norm", "mlp", "loss")
@@ -13,6 +13,7 @@ transformers_families.add_all()
 loss.add_all()
 interface.add_family()
 shape_families.add_all()
+rms_norms.add_all()
 
 
 def family(name: str, part: str, matches: type | Callable[[nn.Module], bool | str], **methods: Callable) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import dispatch
-from ..bench.cases import Case
+from ..bench.cases import NORMS, Case
 
 TILES = (128, 64, 32)
 # Ops that are one of PyTorch's, or a few; on a CPU eager is made of these
-WITH_NATIVE = ("attention", "layer_norm", "add_layer_norm", "mlp")
+WITH_NATIVE = ("attention", *NORMS, "mlp")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ def of_attention(case: Case) -> Iterator[Setting]:
 
 def of_norm(case: Case) -> Iterator[Setting]:
     columns = case.shape["N"]
-    whole = [(rows, 0, warps) for rows in (1, 2, 4) for warps in (4, 8, 16)] if columns <= 16384 else []
+    several = (1, 2, 4, 8, 16, 32) if columns <= 256 else (1, 2, 4)
+    whole = [(rows, 0, warps) for rows in several for warps in (4, 8, 16)] if columns <= 16384 else []
     parts = [(1, block, warps) for block in (2048, 4096, 8192) for warps in (8, 16) if block < columns]
-    yield Setting("layer_norm_fwd", "triton", "fwd", (*whole, *parts))
-    yield Setting("layer_norm_bwd", "triton", "bwd", (*whole, *parts))
+    op = case.op.removeprefix("add_")
+    yield Setting(f"{op}_fwd", "triton", "fwd", (*whole, *parts))
+    yield Setting(f"{op}_bwd", "triton", "bwd", (*whole, *parts))
 
 
 def of_mlp(case: Case) -> Iterator[Setting]:
@@ -99,8 +101,7 @@ def of_decode(case: Case) -> Iterator[Setting]:
 
 OF_OP = {
     "attention": of_attention,
-    "layer_norm": of_norm,
-    "add_layer_norm": of_norm,
+    **dict.fromkeys(NORMS, of_norm),
     "mlp": of_mlp,
     "linear_cross_entropy": of_loss,
     "decode_attention": of_decode,

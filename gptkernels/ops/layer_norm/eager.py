@@ -6,6 +6,7 @@ from torch import Tensor
 from ...torch_library import torch_op
 from ..dropout import keep_mask
 from .outputs import bwd_outputs, fwd_outputs
+from .record import LayerNormCall
 
 
 def unsupported(*_) -> str | None:
@@ -13,43 +14,45 @@ def unsupported(*_) -> str | None:
 
 
 @torch_op(fake=fwd_outputs)
-def layer_norm_fwd(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual: (M, N), weight, bias: (N,), seed: (1,) -> y, h = dropout(x) + residual: (M, N), mean, rstd: (M,)"""
-    if seed is not None:
-        x_kept = x.float() * keep_mask(seed, x.shape[0], x.shape[1], dropout) / (1 - dropout)
-    else:
-        x_kept = x
-    # h has a dtype of its own and is rounded to it once, as the other backends do.
-    h = x if residual is None else (x_kept + residual).to(residual.dtype)
+def layer_norm_fwd(call: LayerNormCall) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """-> y, h = dropout(x) + residual: (M, N), mean, rstd: (M,)"""
+    x, bias = call.x, call.bias
+    h = with_residual(x, call.residual, call.seed, call.dropout)
     # In float32 throughout: PyTorch's CPU kernel rounds the statistics of a bfloat16 row to bfloat16.
     y, mean, rstd = torch.native_layer_norm(
-        h.float(), (x.shape[1],), weight.float(), None if bias is None else bias.float(), eps
+        h.float(), (x.shape[1],), call.weight.float(), None if bias is None else bias.float(), call.eps
     )
-    return y.to(x.dtype), x.new_empty(0) if residual is None else h, mean.flatten(), rstd.flatten()
+    return y.to(x.dtype), None if call.residual is None else h, mean.flatten(), rstd.flatten()
+
+
+def with_residual(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropout: float) -> Tensor:
+    """-> h = dropout(x) + residual: (M, N), which has a dtype of its own and is rounded to it once, as the other
+    backends do"""
+    if residual is None:
+        return x
+    kept = x if seed is None else x.float() * keep_mask(seed, x.shape[0], x.shape[1], dropout) / (1 - dropout)
+    return (kept + residual).to(residual.dtype)
+
+
+def grad_of_x(grad_h: Tensor, dy: Tensor, h: Tensor, seed: Tensor | None, dropout: float) -> Tensor | None:
+    """grad_h: (M, N) float32 -> (M, N) where it is another"""
+    if seed is not None:
+        return (grad_h * keep_mask(seed, h.shape[0], h.shape[1], dropout) / (1 - dropout)).to(dy.dtype)
+    return grad_h.to(dy.dtype) if dy.dtype != h.dtype else None
 
 
 @torch_op(fake=bwd_outputs)
 def layer_norm_bwd(
+    call: LayerNormCall,
     dy: Tensor,
     dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    seed: Tensor | None,
-    dropout: float,
     weight_grad: bool,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy, dh, h: (M, N), weight: (N,), mean, rstd: (M,) -> gradients of h, x: (M, N), weight, bias: (N,)"""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dy, dh: (M, N), mean, rstd: (M,) -> gradients of h, x: (M, N), weight, bias: (N,)"""
+    h, weight = call.x, call.weight
     grad_h, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         dy.float(),
         h.float(),
@@ -61,14 +64,5 @@ def layer_norm_bwd(
         [True, weight_grad, bias_grad],
     )
     grad_h = grad_h if dh is None else grad_h + dh
-    grad_x = dy.new_empty(0)
-    if seed is not None:
-        grad_x = (grad_h * keep_mask(seed, h.shape[0], h.shape[1], dropout) / (1 - dropout)).to(dy.dtype)
-    elif dy.dtype != h.dtype:
-        grad_x = grad_h.to(dy.dtype)
-    return (
-        grad_h.to(h.dtype),
-        grad_x,
-        weight.new_empty(0) if grad_weight is None else grad_weight.to(weight.dtype),
-        weight.new_empty(0) if grad_bias is None else grad_bias.to(weight.dtype),
-    )
+    grad_weight, grad_bias = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+    return grad_h.to(h.dtype), grad_of_x(grad_h, dy, h, call.seed, call.dropout), grad_weight, grad_bias

@@ -4,9 +4,9 @@
 import math
 
 import torch
-from torch import Tensor
 
 from ..native import PLAIN, is_plain
+from .record import LayerNormCall
 
 
 def is_native(x, weight, bias, eps, backend) -> bool:
@@ -45,20 +45,19 @@ def native_add_layer_norm(x=None, residual=None, weight=None, bias=None, *, eps=
         or dropout != 0
     ):
         return NotImplemented
-    return run(x, residual, weight, bias, eps, dropout)
+    return run(LayerNormCall(x, residual, weight, bias, None, eps, dropout))
 
 
-def unsupported(call) -> str | None:
-    x, residual, weight, _, _, dropout = call.flat()
-    if dropout:
+def unsupported(call: LayerNormCall) -> str | None:
+    if call.dropout:
         return "has no dropout of ours"
-    if weight.dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):
-        return f"takes one dtype, not {x.dtype} with others"
+    if call.weight.dtype != call.x.dtype or (call.residual is not None and call.residual.dtype != call.x.dtype):
+        return f"takes one dtype, not {call.x.dtype} with others"
     return None
 
 
-def run(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, dropout: float):
-    """x, residual: (M, N) -> y: (M, N), and with a residual also h: (M, N), with PyTorch's own autograd"""
-    h = x if residual is None else x + residual
-    y = torch.layer_norm(h, weight.shape, weight, bias, eps)
-    return y if residual is None else (y, h)
+def run(call: LayerNormCall):
+    """-> y: (M, N), and with a residual also h: (M, N), with PyTorch's own autograd. x may have any shape here."""
+    h = call.x if call.residual is None else call.x + call.residual
+    y = torch.layer_norm(h, call.weight.shape, call.weight, call.bias, call.eps)
+    return y if call.residual is None else (y, h)

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from ...dispatch import Call, op
+from ...records import with_key
 from ...torch_library import apply, first_order_only
 from .. import checks
 from ..dropout import draw_seed
 from ..rows import as_rows, check_rows, shaped
 from . import cuda_kernels, eager, native, triton_kernels
-from .record import NormCall
+from .record import LayerNormCall
 
 BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 
@@ -30,15 +31,13 @@ def layer_norm(
         check_parameters(x, weight, bias, eps)
 
     def record():
-        return NormCall(
-            as_rows(x), None, weight.contiguous(), None if bias is None else bias.contiguous(), float(eps), 0.0
-        )
+        parameters = weight.contiguous(), None if bias is None else bias.contiguous()
+        return LayerNormCall(as_rows(x), None, *parameters, None, float(eps), 0.0)
 
     def run(kernels, call):
-        rows, _, weight, bias, eps, dropout = call.flat()
         if kernels is native:
-            return shaped(native.run(rows, None, weight, bias, eps, dropout), x)
-        return shaped(apply(LayerNormFunction, kernels, rows, weight, bias, eps), x)
+            return shaped(native.run(call), x)
+        return shaped(apply(LayerNormFunction, kernels, call.key, call.x, call.weight, call.bias, call.eps), x)
 
     return Call("layer_norm", BACKENDS, backend, check, record, run)
 
@@ -69,11 +68,10 @@ def add_layer_norm(
 
     def record():
         parameters = weight.contiguous(), None if bias is None else bias.contiguous()
-        return NormCall(as_rows(x), as_rows(residual), *parameters, float(eps), float(dropout))
+        return LayerNormCall(as_rows(x), as_rows(residual), *parameters, None, float(eps), float(dropout))
 
     def run(kernels, call):
-        arguments = call.flat()
-        y, h = native.run(*arguments) if kernels is native else apply(AddLayerNormFunction, kernels, *arguments)
+        y, h = native.run(call) if kernels is native else apply(AddLayerNormFunction, kernels, call.key, *call.flat())
         return shaped(y, x), shaped(h, x)
 
     return Call("add_layer_norm", BACKENDS, backend, check, record, run)
@@ -90,42 +88,42 @@ def check_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float)
 
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, weight, bias, eps):
-        y, _, mean, rstd = kernels.layer_norm_fwd(x, None, weight, bias, None, eps, 0.0)
+    def forward(ctx, kernels, key, x, weight, bias, eps):
+        y, _, mean, rstd = kernels.layer_norm_fwd(with_key(LayerNormCall(x, None, weight, bias, None, eps, 0.0), key))
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.key, ctx.eps = kernels, key, eps
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad[2:4]
-        grad_x, _, grad_weight, grad_bias = ctx.kernels.layer_norm_bwd(
-            as_rows(dy), None, x, weight, mean, rstd, None, 0.0, *needs
-        )
-        grads = grad_x, grad_weight if needs[0] else None, grad_bias if needs[1] else None
-        return None, *first_order_only("layer_norm", grads, (dy, x, weight)), None
+        call = with_key(LayerNormCall(x, None, weight, None, None, ctx.eps, 0.0), ctx.key)
+        needs = ctx.needs_input_grad[3:5]
+        grad_x, _, *others = ctx.kernels.layer_norm_bwd(call, as_rows(dy), None, mean, rstd, *needs)
+        grads = grad_x, *(grad if needed else None for grad, needed in zip(others, needs, strict=True))
+        return None, None, *first_order_only("layer_norm", grads, (dy, x, weight)), None
 
 
 class AddLayerNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, x, residual, weight, bias, eps, dropout):
-        seed = draw_seed(x.device) if dropout else None
-        y, h, mean, rstd = kernels.layer_norm_fwd(x, residual, weight, bias, seed, eps, dropout)
-        ctx.save_for_backward(h, weight, mean, rstd, seed)
-        ctx.kernels, ctx.dtype, ctx.dropout = kernels, x.dtype, dropout
+    def forward(ctx, kernels, key, *values):
+        call = with_key(LayerNormCall(*values), key)
+        if call.dropout:
+            call.seed = draw_seed(call.x.device)
+        y, h, mean, rstd = kernels.layer_norm_fwd(call)
+        ctx.save_for_backward(h, call.weight, call.seed, mean, rstd)
+        ctx.kernels, ctx.key, ctx.dtype, ctx.options = kernels, key, call.x.dtype, values[5:]
         ctx.set_materialize_grads(False)
         return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
-        h, weight, mean, rstd, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:5]
+        h, weight, seed, mean, rstd = ctx.saved_tensors
+        call = with_key(LayerNormCall(h, None, weight, None, seed, *ctx.options), ctx.key)
+        needs = ctx.needs_input_grad[4:6]
         dy = torch.zeros_like(h, dtype=ctx.dtype) if dy is None else as_rows(dy)
         dh = None if dh is None else as_rows(dh)
-        grad_h, grad_x, grad_weight, grad_bias = ctx.kernels.layer_norm_bwd(
-            dy, dh, h, weight, mean, rstd, seed, ctx.dropout, *needs
-        )
-        grad_x = grad_x if grad_x.ndim == 2 else grad_h
-        grads = grad_x, grad_h, grad_weight if needs[0] else None, grad_bias if needs[1] else None
-        return None, *first_order_only("add_layer_norm", grads, (dy, dh, h, weight)), None, None
+        grad_h, grad_x, *others = ctx.kernels.layer_norm_bwd(call, dy, dh, mean, rstd, *needs)
+        grads = grad_h if grad_x is None or grad_x.ndim != h.ndim else grad_x, grad_h
+        grads += tuple(grad if needed else None for grad, needed in zip(others, needs, strict=True))
+        return None, None, *first_order_only("add_layer_norm", grads, (dy, dh, h, weight)), None, None, None

@@ -1,50 +1,32 @@
-"""What the launchers return, allocated: shared by every backend, and by torch.compile as the fake implementation.
-
-Outputs that a call does not have are empty tensors, because a torch.library op cannot return None.
-"""
+"""What the launchers return, allocated: shared by every backend, and by torch.compile as the fake implementation."""
 
 import torch
 from torch import Tensor
 
+from .record import LayerNormCall
 
-def fwd_outputs(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    eps: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, residual: (M, N) -> y: (M, N) in x's dtype, h: (M, N) in residual's, mean, rstd: (M,) in float32"""
-    rows, columns = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if residual is None:
-        h = torch.empty((0,), dtype=x.dtype, device=x.device)
-    else:
-        h = torch.empty((rows, columns), dtype=residual.dtype, device=x.device)
-    mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    return y, h, mean, rstd
+
+def fwd_outputs(call: LayerNormCall) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """-> y: (M, N) in x's dtype, h: (M, N) in residual's, mean, rstd: (M,) in float32"""
+    x, residual = call.x, call.residual
+    h = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    mean, rstd = (torch.empty_strided(x.shape[:1], (1,), dtype=torch.float32, device=x.device) for _ in range(2))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), h, mean, rstd
 
 
 def bwd_outputs(
+    call: LayerNormCall,
     dy: Tensor,
     dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    seed: Tensor | None,
-    dropout: float,
     weight_grad: bool,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy, h: (M, N) -> gradients of h: (M, N) in h's dtype, x: (M, N) in dy's if that differs, weight, bias: (N,)"""
-    rows, columns = h.shape
-    grad_h = torch.empty((rows, columns), dtype=h.dtype, device=h.device)
-    x_differs = dropout > 0 or dy.dtype != h.dtype
-    grad_x = torch.empty((rows, columns) if x_differs else (0,), dtype=dy.dtype, device=h.device)
-    grad_weight = torch.empty((columns if weight_grad else 0,), dtype=weight.dtype, device=h.device)
-    grad_bias = torch.empty((columns if bias_grad else 0,), dtype=weight.dtype, device=h.device)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """-> gradients of h: (M, N) in h's dtype, x: (M, N) in dy's if that differs, weight, bias: (N,)"""
+    h, weight = call.x, call.weight
+    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
+    x_differs = call.dropout > 0 or dy.dtype != h.dtype
+    grad_x = torch.empty(h.shape, dtype=dy.dtype, device=h.device) if x_differs else None
+    grad_weight, grad_bias = (torch.empty_like(weight) if wanted else None for wanted in (weight_grad, bias_grad))
     return grad_h, grad_x, grad_weight, grad_bias
