@@ -12,7 +12,7 @@
 // CTAs that an SM holds at least: few enough registers that the loads of all of them keep HBM busy. With a residual
 // each thread has twice as many under way.
 constexpr int fwd_min_ctas(int vectors, bool light) {
-    return vectors == 0 || vectors == kMaxVectors ? (light ? 2 : 1) : (light ? 8 : 5);
+    return vectors == 0 || vectors == kMaxVectors ? (light ? 2 : 1) : (light ? 8 : 4);
 }
 
 // T: x, y and, unless they are float32, the parameters. H: residual and h. kRms: RMSNorm. kWhole: rows are of whole
