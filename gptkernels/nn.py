@@ -3,6 +3,8 @@
 block = gk.nn.CausalSelfAttention(768, 12, window=256), gk.nn.LayerNorm(768), gk.nn.MLP(768)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class RMSNorm(nn.Module):
         """x, residual: (..., width) -> norm(x), or with a residual (norm(h), h), h = dropout(x) + residual
 
         dropout is the probability in training; in evaluation nothing is dropped."""
-        options = {"eps": self.eps, "offset": self.offset, "cast": self.cast, "backend": self.backend}
+        options: dict[str, Any] = {"eps": self.eps, "offset": self.offset, "cast": self.cast, "backend": self.backend}
         if residual is None:
             return rms_norm(x, self.weight, **options)
         return add_rms_norm(x, residual, self.weight, dropout=dropout if self.training else 0.0, **options)

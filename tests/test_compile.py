@@ -12,7 +12,9 @@ from conftest import skip_without_library
 
 from gptkernels import cuda_library, simulator
 from gptkernels.ops.layer_norm import triton_kernels
+from gptkernels.ops.layer_norm.record import LayerNormCall
 from gptkernels.ops.rms_norm import triton_kernels as rms_norm_kernels
+from gptkernels.ops.rms_norm.record import RMSNormCall
 
 if simulator.unavailable():
     pytest.skip(simulator.unavailable(), allow_module_level=True)
@@ -33,8 +35,9 @@ def launch_layer_norm(columns: int, dtype: torch.dtype, residual_dtype: torch.dt
     weight, bias = torch.empty(2, columns, dtype=dtype)
     mean, rstd = torch.empty(2, 64)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    triton_kernels.layer_norm_fwd(x, residual, weight, bias, seed, 1e-5, dropout)
-    triton_kernels.layer_norm_bwd(dy, dh, residual, weight, mean, rstd, seed, dropout, True, True)
+    triton_kernels.layer_norm_fwd(LayerNormCall(x, residual, weight, bias, seed, 1e-5, dropout))
+    backward = LayerNormCall(residual, None, weight, None, seed, 1e-5, dropout)
+    triton_kernels.layer_norm_bwd(backward, dy, dh, mean, rstd, True, True)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -74,11 +77,13 @@ def launch_rms_norm(columns: int, dtype: torch.dtype, residual_dtype: torch.dtyp
     residual, dh = torch.empty(2, 64, columns, dtype=residual_dtype)
     weight, rstd = torch.empty(columns, dtype=dtype), torch.empty(64)
     seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-    rms_norm_kernels.rms_norm_fwd(x, residual, weight, seed, 1e-6, 0.0, True, dropout)
-    rms_norm_kernels.rms_norm_bwd(dy, dh, residual, weight, rstd, seed, 0.0, dropout, True)
+    options = 1e-6, 0.0, True, dropout
+    rms_norm_kernels.rms_norm_fwd(RMSNormCall(x, residual, weight, seed, *options))
+    rms_norm_kernels.rms_norm_bwd(RMSNormCall(residual, None, weight, seed, *options), dy, dh, rstd, True)
     alone = torch.empty(32, 3, columns, dtype=dtype)[:, :2] if columns <= 256 else x
-    rms_norm_kernels.rms_norm_fwd(alone, None, weight, None, 1e-6, 1.0, False, 0.0)
-    rms_norm_kernels.rms_norm_bwd(alone, None, alone, weight, rstd, None, 1.0, 0.0, True)
+    call = RMSNormCall(alone, None, weight, None, 1e-6, 1.0, False, 0.0)
+    rms_norm_kernels.rms_norm_fwd(call)
+    rms_norm_kernels.rms_norm_bwd(call, alone, None, rstd, True)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

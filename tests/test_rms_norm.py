@@ -12,6 +12,7 @@ import gptkernels as gk
 from gptkernels.ops.dropout import draw_seed, keep_mask
 from gptkernels.ops.rms_norm import cuda_kernels, eager, reference, triton_kernels
 from gptkernels.ops.rms_norm.native import CASTS
+from gptkernels.ops.rms_norm.record import RMSNormCall
 from gptkernels.ops.rows import as_row_groups
 
 KERNELS = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}
@@ -143,7 +144,8 @@ def test_kernels_round_where_transformers_does(anywhere, backend, name):
         weight = module_of(name, columns, dtype).weight.detach().to(anywhere.device)
         x = torch.randn(6, columns).to(anywhere.device, dtype)
         first = CASTS[options["cast"]]
-        y, _, rstd = KERNELS[backend].rms_norm_fwd(x, None, weight, None, 1e-5, options["offset"], first, 0.0)
+        call = RMSNormCall(x, None, weight, None, 1e-5, options["offset"], first, 0.0)
+        y, _, rstd = KERNELS[backend].rms_norm_fwd(call)
         torch.testing.assert_close(rstd, (x.float().pow(2).mean(-1) + 1e-5).rsqrt())
         exact = x.float() * rstd.unsqueeze(1)
         rounded_once = (exact * (options["offset"] + weight.float())).to(dtype)

@@ -7,9 +7,11 @@ from torch.utils.checkpoint import checkpoint
 import gptkernels as gk
 from gptkernels.ops.dropout import draw_seed
 from gptkernels.ops.layer_norm import cuda_kernels, eager, triton_kernels
+from gptkernels.ops.layer_norm.record import LayerNormCall
 from gptkernels.ops.rms_norm import cuda_kernels as rms_norm_cuda
 from gptkernels.ops.rms_norm import eager as rms_norm_eager
 from gptkernels.ops.rms_norm import triton_kernels as rms_norm_triton
+from gptkernels.ops.rms_norm.record import RMSNormCall
 
 BACKENDS = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}
 RMS_NORM = {"eager": rms_norm_eager, "triton": rms_norm_triton, "cuda": rms_norm_cuda}
@@ -65,14 +67,15 @@ def test_opcheck(anywhere, backend):
         (x, residual, weight, bias, None, 1e-5, 0.0),
         (x.bfloat16(), residual, weight, bias, seed, 1e-5, 0.5),
     ):
-        torch.library.opcheck(kernels.layer_norm_fwd.torch_op, arguments)
-    mean, rstd = torch.randn(4, device=x.device), torch.rand(4, device=x.device)
-    for arguments in (
-        (x, None, residual, weight, mean, rstd, None, 0.0, True, True),
-        (x.bfloat16(), x, residual, weight, mean, rstd, seed, 0.5, True, False),
-        (x, x, residual, weight, mean, rstd, None, 0.0, False, False),
+        torch.library.opcheck(kernels.layer_norm_fwd.torch_op, LayerNormCall(*arguments).flat())
+    statistics = torch.randn(4, device=x.device), torch.rand(4, device=x.device)
+    for dy, dh, seed_drawn, dropout, needs in (
+        (x, None, None, 0.0, (True, True)),
+        (x.bfloat16(), x, seed, 0.5, (True, False)),
+        (x, x, None, 0.0, (False, False)),
     ):
-        torch.library.opcheck(kernels.layer_norm_bwd.torch_op, arguments)
+        call = LayerNormCall(residual, None, weight, None, seed_drawn, 1e-5, dropout)
+        torch.library.opcheck(kernels.layer_norm_bwd.torch_op, (*call.flat(), dy, dh, *statistics, *needs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,14 +112,15 @@ def test_opcheck_of_rms_norm(anywhere, backend):
         (heads, None, None, None, 1e-5, 0.0, True, 0.0),
         (x.bfloat16(), residual, weight, seed, 1e-5, 1.0, False, 0.5),
     ):
-        torch.library.opcheck(kernels.rms_norm_fwd.torch_op, arguments)
-    rstd = torch.rand(4, device=x.device)
-    for arguments in (
-        (x, None, residual, weight, rstd, None, 0.0, 0.0, True),
-        (heads, None, heads, None, torch.rand(8, device=x.device), None, 0.0, 0.0, False),
-        (x.bfloat16(), x, residual, weight, rstd, seed, 1.0, 0.5, True),
+        torch.library.opcheck(kernels.rms_norm_fwd.torch_op, RMSNormCall(*arguments).flat())
+    for h, dy, dh, scale, options, wanted in (
+        (residual, x, None, weight, (None, 1e-5, 0.0, True, 0.0), True),
+        (heads, heads, None, None, (None, 1e-5, 0.0, True, 0.0), False),
+        (residual, x.bfloat16(), x, weight, (seed, 1e-5, 1.0, False, 0.5), True),
     ):
-        torch.library.opcheck(kernels.rms_norm_bwd.torch_op, arguments)
+        rstd = torch.rand(h.shape[:-1].numel(), device=x.device)
+        backward = (*RMSNormCall(h, None, scale, *options).flat(), dy, dh, rstd, wanted)
+        torch.library.opcheck(kernels.rms_norm_bwd.torch_op, backward)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -35,7 +35,8 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
     dimensions = tuple(range(x.ndim - 1))
     if x.ndim == 2 or any(x.stride(d) == 0 for d in dimensions):  # of expanded ones there is no telling
         return dimensions
-    return tuple(sorted(dimensions, key=lambda d: -x.stride(d)))
+    strides = x.stride()
+    return tuple(sorted(dimensions, key=lambda d: -strides[d]))
 
 
 def as_row_groups(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import cast as cast_to
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,11 @@ def looks_like_rms_norm(module: Foreign) -> bool:
 def computes(cast: str, offset: float) -> Callable[[nn.Module], bool]:
     """Whether a module has the bits of this order, with random weights in place of its own."""
 
-    def matches(module: nn.Module) -> bool:
-        if not looks_like_rms_norm(module):
+    def matches(module: Foreign) -> bool:
+        eps, generator = eps_of(module), torch.Generator().manual_seed(0)
+        if not looks_like_rms_norm(module) or eps is None:
             return False
-        width, eps, generator = module.weight.shape[0], eps_of(module), torch.Generator().manual_seed(0)
+        width = module.weight.shape[0]
         x, weight = torch.randn((ROWS + 1, width), generator=generator).bfloat16().split((ROWS, 1))
         twin = copy.deepcopy(module)
         twin.weight = nn.Parameter(weight[0], requires_grad=False)
@@ -67,8 +69,8 @@ def rms_norm_forward(cast: str, offset: float) -> Callable:
         wide = cast != "llama" and module.weight.dtype == torch.float32
         if x.dtype not in DTYPES or (module.weight.dtype != x.dtype and not wide):
             return original(module, "forward")(x)
-        options = {"eps": eps_of(module), "offset": offset, "cast": cast}
-        return rms_norm(x, module.weight, **options, backend=settings_of(module).backend)
+        eps, backend = cast_to(float, eps_of(module)), settings_of(module).backend
+        return rms_norm(x, module.weight, eps=eps, offset=offset, cast=cast, backend=backend)
 
     return forward
 
