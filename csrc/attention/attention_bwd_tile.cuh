@@ -13,6 +13,7 @@ struct AttentionBwdTraits : AttentionPanels<HeadDim> {
     static constexpr int kDqWidth = kSplitDqRows ? HeadDim : 2 * kDqColumns;
     static constexpr int kConsumers = 2;
     static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+    // 64 columns take 238 registers; where fewer do, the producer has those that it would spill without.
     static constexpr int kProducerRegisters = HeadDim == 64 ? 24 : 40;
     static constexpr int kConsumerRegisters = HeadDim == 64 ? 240 : 232;
     static constexpr int kStages = 2;
