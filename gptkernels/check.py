@@ -27,6 +27,8 @@ from .ops.mlp import mlp
 from .ops.mlp import reference as mlp_reference
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rms_norm import reference as rms_norm_reference
+from .ops.rope import reference as rope_reference
+from .ops.rope import rope
 from .parity import assert_parity
 from .progress import Steps
 
@@ -190,6 +192,26 @@ def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
             )
 
 
+def rope_cases(small: bool) -> Iterator[Case]:
+    batch, heads, kv_heads, tokens = (2, 3, 1, 9) if small else (2, 32, 8, 4097)
+    for size, rotated, interleaved in ((64, 64, False), (128, 32, False), (80, 80, True)):
+        shapes: Shapes = {"q": (batch, heads, tokens, size), "k": (batch, kv_heads, tokens, size)}
+        label = f"B{batch} H{heads}/{kv_heads} T{tokens} D{size}, {rotated} rotated" + ", neighbours" * interleaved
+        options = {"interleaved": interleaved, "rotary_dim": rotated}
+        yield Case(label, by_position(rope), by_position(rope_reference.rope), shapes, options)
+
+
+def by_position(op: Callable) -> Callable:
+    """rope with the usual tables, which take no gradient"""
+
+    def call(q, k, *, rotary_dim, **options):
+        pair = torch.arange(rotary_dim // 2, device=q.device)
+        angles = torch.arange(q.shape[2], device=q.device).unsqueeze(1) * 1e4 ** (-2 * pair / rotary_dim)
+        return op(q, k, angles.cos(), angles.sin(), rotary_dim=rotary_dim, **options)
+
+    return call
+
+
 CASES = {
     "layer_norm": layer_norm_cases,
     "add_layer_norm": add_layer_norm_cases,
@@ -197,6 +219,7 @@ CASES = {
     "add_rms_norm": add_rms_norm_cases,
     "attention": attention_cases,
     "decode_attention": decode_attention_cases,
+    "rope": rope_cases,
     "mlp": mlp_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
 }

@@ -15,6 +15,7 @@ from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mlp import mlp
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rope import rope
 from .tuning import choices
 
 AVAILABLE = "available"
@@ -62,6 +63,7 @@ def samples(device: torch.device) -> dict:
         "add_layer_norm": (add_layer_norm, (x, x, weight)),
         "rms_norm": (rms_norm, (x, weight)),
         "add_rms_norm": (add_rms_norm, (x, x, weight)),
+        "rope": (rope, (q, q, q[0, 0], q[0, 0])),
         "attention": (attention, (q, q, q)),
         "decode_attention": (decode_attention, (q, q, q, torch.full((1,), 16, dtype=torch.int32, device=device))),
         "mlp": (mlp, (x, fc_weight, None, proj_weight, None)),

@@ -23,6 +23,7 @@ TINY = {
     "add_layer_norm": {"M": 37, "N": 48},
     "rms_norm": {"M": 37, "N": 48},
     "add_rms_norm": {"M": 37, "N": 48},
+    "rope": {"B": 2, "H": 4, "G": 2, "T": 80, "D": 16},
     "mlp": {"M": 21, "N": 16},
     "linear_cross_entropy": {"M": 21, "N": 16, "V": 101},
 }

@@ -21,6 +21,7 @@ from gptkernels.ops.layer_norm import reference as layer_norm_reference
 from gptkernels.ops.linear_cross_entropy import reference as loss_reference
 from gptkernels.ops.mlp import reference as mlp_reference
 from gptkernels.ops.rms_norm import reference as rms_norm_reference
+from gptkernels.ops.rope import reference as rope_reference
 
 
 def attack(config, cases: int):
@@ -53,6 +54,10 @@ def good(op) -> dict:
             **{"x": randn(3, 32), "residual": randn(3, 32), "weight": randn(32)},
             **{"eps": 1e-6, "offset": 0.0, "cast": "llama", "dropout": 0.0},
         },
+        gk.rope: {
+            **{"q": heads[0], "k": heads[1], "cos": randn(9, 16), "sin": randn(2, 9, 16)[0]},
+            **{"rotary_dim": 32, "interleaved": False},
+        },
         gk.attention: {
             **dict(zip("qkv", heads, strict=True)),
             **{"causal": True, "window": None, "scale": None, "dropout": 0.0, "key_start": None, "cu_seqlens": None},
@@ -77,6 +82,7 @@ REFERENCES = {
     gk.add_layer_norm: layer_norm_reference.add_layer_norm,
     gk.rms_norm: rms_norm_reference.rms_norm,
     gk.add_rms_norm: rms_norm_reference.add_rms_norm,
+    gk.rope: rope_reference.rope,
     gk.attention: attention_reference.attention,
     gk.decode_attention: attention_reference.decode_attention,
     gk.mlp: mlp_reference.mlp,

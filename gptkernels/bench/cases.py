@@ -6,11 +6,13 @@ Useful work, per pass, whatever a kernel really does (s = bytes per element):
     layer_norm      7 FLOPs per element forward, 13 backward; 2 M N s bytes forward, 3 M N s backward
     add_layer_norm  8 and 14 FLOPs per element; 4 M N s bytes each way
     rms_norm        4 FLOPs per element forward, 9 backward; add_rms_norm 5 and 10; bytes as of LayerNorm
+    rope            3 FLOPs per element each way; queries and keys read and written once, their tables read once
     mlp             4 M N F FLOPs forward, 8 M N F backward
     loss            2 M N V FLOPs without gradients, 6 M N V with (they are made in the same pass)
 Bytes: each input is read once, each output and each tensor kept for backward is written once, and read once there.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -30,6 +32,8 @@ from ..ops.mlp import mlp
 from ..ops.mlp import reference as mlp_reference
 from ..ops.rms_norm import add_rms_norm, rms_norm
 from ..ops.rms_norm import reference as rms_norm_reference
+from ..ops.rope import reference as rope_reference
+from ..ops.rope import rope
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PASSES = ("fwd", "bwd", "both")
@@ -66,6 +70,12 @@ OPS = {
     ),
     "rms_norm": Op(rms_norm, rms_norm_reference.rms_norm, {"M": 4096, "N": 768}, "M rows, N columns"),
     "add_rms_norm": Op(add_rms_norm, rms_norm_reference.add_rms_norm, {"M": 4096, "N": 768}, "M rows, N columns"),
+    "rope": Op(
+        rope,
+        rope_reference.rope,
+        {"B": 1, "H": 12, "G": 0, "T": 2048, "D": 64},
+        "B batch, H heads, G key/value heads (H), T tokens, D head size",
+    ),
     "mlp": Op(mlp, mlp_reference.mlp, {"M": 4096, "N": 768, "F": 0}, "M rows, N width, F hidden width (4 N)"),
     "linear_cross_entropy": Op(
         linear_cross_entropy,
@@ -154,6 +164,10 @@ class Case:
         if self.op == "attention":
             sizes = {"q": s["H"], "k": s["G"], "v": s["G"]}
             return {n: random(s["B"], s["T"], h, s["D"], heads_inside=True) for n, h in sizes.items()}
+        if self.op == "rope":
+            angles = torch.rand(s["T"], s["D"], device=device, generator=generator) * 2 * math.pi
+            heads = {n: random(s["B"], s["T"], s[h], s["D"], heads_inside=True) for n, h in (("q", "H"), ("k", "G"))}
+            return {**heads, "cos": angles.cos().to(self.torch_dtype), "sin": angles.sin().to(self.torch_dtype)}
         if self.op == "decode_attention":
             caches = {name: random(s["B"], s["G"], s["T"], s["D"]) for name in ("k_cache", "v_cache")}
             lengths = torch.full((s["B"],), s["T"], dtype=torch.int32, device=device)
@@ -184,6 +198,7 @@ class Case:
             "add_layer_norm": ("x", "residual"),
             "rms_norm": ("x",),
             "add_rms_norm": ("x", "residual"),
+            "rope": ("q", "k"),
             "mlp": ("x",),
             "linear_cross_entropy": ("",),
         }[self.op]
@@ -199,6 +214,8 @@ class Case:
         s = self.shape
         if self.op in ("attention", "decode_attention"):
             return {"fwd": 4, "bwd": 10, "both": 14}[which] * s["D"] * self.seen() * s["B"] * s["H"]
+        if self.op == "rope":
+            return (6 if which == "both" else 3) * s["B"] * s["T"] * (s["H"] + s["G"]) * s["D"]
         if self.op == "mlp":
             return {"fwd": 4, "bwd": 8, "both": 12}[which] * s["M"] * s["N"] * s["F"]
         if self.op == "linear_cross_entropy":
@@ -217,6 +234,8 @@ class Case:
             # q, k, v, out and the log-sum-exp; backward also dout, dq, dk, dv
             tensors = s["B"] * s["T"] * s["D"] * (2 * s["H"] + 2 * s["G"]) * size
             return (1 if forward else 2) * tensors + 4 * s["B"] * s["H"] * s["T"]
+        if self.op == "rope":
+            return 2 * (s["B"] * (s["H"] + s["G"]) + 1) * s["T"] * s["D"] * size
         matrix = s["M"] * s["N"] * size
         if self.op in NORMS:
             # mean and rstd in float32; weight and bias, or weight and both gradients. RMSNorm has no mean and no bias.

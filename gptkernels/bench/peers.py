@@ -85,6 +85,7 @@ def plain(case: Case, device: torch.device) -> Callable:
         "add_layer_norm": plain_add_layer_norm,
         "rms_norm": plain_rms_norm,
         "add_rms_norm": plain_add_rms_norm,
+        "rope": plain_rope,
         "mlp": plain_mlp,
         "linear_cross_entropy": plain_loss,
     }
@@ -110,6 +111,16 @@ def plain_rms_norm(x, weight):
 def plain_add_rms_norm(x, residual, weight):
     h = x + residual
     return plain_rms_norm(h, weight), h
+
+
+def plain_rope(q, k, cos, sin):
+    """As the models' own code has it"""
+
+    def rotated(x):
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    return rotated(q), rotated(k)
 
 
 def plain_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):

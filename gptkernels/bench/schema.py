@@ -34,7 +34,8 @@ DOCUMENT = {
 ROW = {
     "op": (
         TEXT,
-        "attention, decode_attention, layer_norm, add_layer_norm, rms_norm, add_rms_norm, mlp, linear_cross_entropy",
+        "attention, decode_attention, layer_norm, add_layer_norm, rms_norm, add_rms_norm, rope, mlp, "
+        "linear_cross_entropy",
     ),
     "label": (TEXT, "the shape in short"),
     "shape": ((dict,), "every dimension by its letter"),

@@ -35,6 +35,7 @@ def cpu_quick(dtype: str) -> Iterator[Case]:
     yield Case.of("decode_attention", dtype, B=8, H=12, T=4096, D=64, W=256)
     for op in NORMS:
         yield Case.of(op, dtype, BOTH_WAYS, M=4096, N=768)
+    yield Case.of("rope", dtype, BOTH_WAYS, B=1, H=12, T=1024, D=64)
     yield Case.of("mlp", dtype, ("both",), M=512, N=768)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=128, N=768)
 
@@ -64,6 +65,7 @@ def gpu_quick(dtype: str) -> Iterator[Case]:
     for op in NORMS:
         yield Case.of(op, dtype, BOTH_WAYS, M=16384, N=1600)
     yield Case.of("rms_norm", dtype, BOTH_WAYS, M=2**20, N=128)
+    yield Case.of("rope", dtype, BOTH_WAYS, B=2, H=32, G=8, T=4096, D=128)
     yield Case.of("mlp", dtype, ("both",), M=8192, N=1600)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=768)
 
@@ -84,6 +86,7 @@ def gpu_headline(dtype: str) -> Iterator[Case]:
     yield Case.of("layer_norm", dtype, BOTH_WAYS, every_peer=True, M=16384, N=2048)
     yield Case.of("rms_norm", dtype, BOTH_WAYS, every_peer=True, M=16384, N=2048)
     yield Case.of("rms_norm", dtype, BOTH_WAYS, every_peer=True, M=2**20, N=128)
+    yield Case.of("rope", dtype, BOTH_WAYS, every_peer=True, B=2, H=32, G=8, T=8192, D=128)
     for width in (1600, 4096, 12288):
         for op in NORMS:
             yield Case.of(op, dtype, BOTH_WAYS, M=16384, N=width)

@@ -82,6 +82,13 @@ def chunks(case: Case, tensors: dict[str, Tensor], limit: int) -> Iterator[tuple
             keys = slice(max(0, start - window + 1), stop)
             yield slice(start, stop), {"q": slice(start, stop), "k": keys, "v": keys}
         return
+    if case.op == "rope":
+        tokens, each = case.shape["T"], case.shape["B"] * case.shape["H"] * case.shape["D"]
+        step = max(1, limit // each)
+        for start in range(0, tokens, step):
+            here = slice(start, min(tokens, start + step))
+            yield here, dict.fromkeys(tensors, here)
+        return
     rows = case.shape["M"]
     step = max(1, limit // case.shape[WIDEST[case.op]])
     for start in range(0, rows, step):
@@ -89,11 +96,11 @@ def chunks(case: Case, tensors: dict[str, Tensor], limit: int) -> Iterator[tuple
         yield here, dict.fromkeys(ROWS[case.op], here)
 
 
-def narrowed(case: Case, x: Tensor, rows: slice | None) -> Tensor:
-    """x: (B, H, T, D) or (M, ...)"""
+def narrowed(x: Tensor, rows: slice | None) -> Tensor:
+    """x: (B, H, T, D) or (M, ...) or (T, D)"""
     if rows is None:
         return x
-    return x[:, :, rows] if case.op == "attention" else x[rows]
+    return x[:, :, rows] if x.ndim == 4 else x[rows]
 
 
 def reference_results(
@@ -114,25 +121,24 @@ def reference_results(
         arguments = {name: converted(x) for name, x in tensors.items()}
         return Results([reference(**arguments, **case.kwargs)], {})
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    names = [name for name, x in tensors.items() if x.is_floating_point()] if gradients else []
+    names = [name for name, x in tensors.items() if x.requires_grad] if gradients else []
     sums = {name: torch.zeros_like(tensors[name], dtype=sum_dtype) for name in names}
     outputs: list[list[Tensor]] = [[] for _ in cotangents]
     for out_rows, in_rows in chunks(case, tensors, element_limit(tensors[next(iter(tensors))].device, dtype)):
-        arguments = {name: converted(narrowed(case, x, in_rows.get(name))) for name, x in tensors.items()}
+        arguments = {name: converted(narrowed(x, in_rows.get(name))) for name, x in tensors.items()}
         leaves = [arguments[name].requires_grad_() for name in names]
         options = {"reduction": "sum"} if loss else {}
         found = parity.as_tuple(reference(**arguments, **case.kwargs, **options))
         found = tuple(out / case.shape["M"] for out in found) if loss else found
         if names:
             seen = [
-                (c if loss else narrowed(case, c, out_rows)).to(out.dtype)
-                for c, out in zip(cotangents, found, strict=True)
+                (c if loss else narrowed(c, out_rows)).to(out.dtype) for c, out in zip(cotangents, found, strict=True)
             ]
             for name, grad in zip(names, torch.autograd.grad(found, leaves, seen), strict=True):
-                narrowed(case, sums[name], in_rows.get(name)).add_(grad)
+                narrowed(sums[name], in_rows.get(name)).add_(grad)
         for kept, out in zip(outputs, found, strict=True):
             kept.append(out.detach())
-    dim = 2 if case.op == "attention" else 0
+    dim = 2 if case.op in ("attention", "rope") else 0
     joined = [torch.stack(kept).sum(0) if loss else torch.cat(kept, dim) for kept in outputs]
     return Results(joined, {name: total.to(dtype) for name, total in sums.items()})
 

@@ -25,6 +25,9 @@ def case_of(op: str, call: Any) -> Case:
         q, cache = call.q, call.k_cache
         heads = {"H": q.shape[1], "G": cache.shape[1]}
         shape = {"B": q.shape[0], **heads, "T": cache.shape[2], "D": q.shape[-1], "W": call.window or 0}
+    elif op == "rope":
+        (batch, heads, tokens, size), kv_heads = call.q.shape, call.k.shape[1]
+        shape = {"B": batch, "H": heads, "G": kv_heads, "T": tokens, "D": size}
     else:
         _, shape = call.traits()
     return Case.of(op, dtype_name(call.first), **shape)
