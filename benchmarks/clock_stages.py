@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from gptkernels import hardware, simulator
+from gptkernels import hardware, remembered, simulator
 
 assert simulator.cuda_unavailable() is None, simulator.cuda_unavailable()
 
@@ -17,9 +17,11 @@ from ptxemu.timing.units import SMS  # noqa: E402
 from gptkernels.ops.attention import cuda_kernels, triton_kernels, triton_launch  # noqa: E402
 from gptkernels.ops.attention.record import AttentionCall  # noqa: E402
 from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
+from gptkernels.ops.layer_norm.record import LayerNormCall  # noqa: E402
 from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
 from gptkernels.ops.mlp import cuda_kernels as mlp_kernels  # noqa: E402
 from gptkernels.ops.rms_norm import cuda_kernels as rms_norm_kernels  # noqa: E402
+from gptkernels.ops.rms_norm.record import RMSNormCall  # noqa: E402
 
 BF16 = torch.bfloat16
 
@@ -31,7 +33,9 @@ def launches_of(call, sms: int = 1) -> list[timing.Recorded]:
         mock.patch.object(hardware, "sm_count", return_value=sms),
         timing.recording() as launches,
     ):
+        remembered.forget()  # what was decided for another number of SMs
         call()
+    remembered.forget()
     return launches
 
 
@@ -132,15 +136,16 @@ def product(rows: int, columns: int, depth: int, activation: str = "none", backw
 def norm_launches(op: str, rows: int, columns: int, backward: bool, sms: int = 1) -> list[timing.Recorded]:
     x, weight, bias = torch.randn(rows, columns, dtype=BF16), torch.ones(columns), torch.zeros(columns)
     mean, rstd = torch.zeros(rows), torch.ones(rows)
-    kernels = {"layer_norm": layer_norm_kernels, "rms_norm": rms_norm_kernels}[op]
-    arguments = {
-        ("layer_norm", False): (x, None, weight, bias, None, 1e-5, 0.0),
-        ("layer_norm", True): (x, None, x, weight, mean, rstd, None, 0.0, True, True),
-        ("rms_norm", False): (x, None, weight, None, 1e-6, 0.0, True, 0.0),
-        ("rms_norm", True): (torch.randn_like(x), None, x, weight, rstd, None, 0.0, 0.0, True),
-    }[op, backward]
-    launcher = getattr(kernels, f"{op}_bwd" if backward else f"{op}_fwd")
-    return launches_of(functools.partial(launcher, *arguments), sms)
+    dy = torch.randn_like(x)
+    if op == "layer_norm":
+        call = LayerNormCall(x, None, weight, bias, None, 1e-5, 0.0)
+        if backward:
+            return launches_of(lambda: layer_norm_kernels.layer_norm_bwd(call, dy, None, mean, rstd, True, True), sms)
+        return launches_of(lambda: layer_norm_kernels.layer_norm_fwd(call), sms)
+    call = RMSNormCall(x, None, weight, None, 1e-6, 0.0, True, 0.0)
+    if backward:
+        return launches_of(lambda: rms_norm_kernels.rms_norm_bwd(call, dy, None, rstd, True), sms)
+    return launches_of(lambda: rms_norm_kernels.rms_norm_fwd(call), sms)
 
 
 def norm(op: str, rows: int, columns: int, backward: bool = False) -> list[tiles.Stage]:

@@ -158,16 +158,12 @@ class Copies:
 _counters: dict[tuple, torch.Tensor] = {}
 
 
-def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
-
-
 def zeroed_counters(device: torch.device) -> torch.Tensor:
     """-> (2,) int32 zeros for the next launch on the current stream, which must leave them as zeros"""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A graph may be replayed on any stream: it has its own, which it clears itself.
         return torch.zeros(2, dtype=torch.int32, device=device)
-    stream = _stream(device)
+    stream = hardware.current_stream(device)
     # cudaStreamPerThread: one handle for a stream of every thread.
     key = (device.index, stream, threading.get_ident() if stream == 2 else 0)
     counters = _counters.get(key)
@@ -189,9 +185,9 @@ class Launch:
         with hardware.on_device(self.device):
             try:
                 if around_launch is None:
-                    return self._run(tensors, _stream(self.device))
+                    return self._run(tensors, hardware.current_stream(self.device))
                 with around_launch([x for x in tensors if x is not None]):
-                    return self._run(tensors, _stream(self.device))
+                    return self._run(tensors, hardware.current_stream(self.device))
             except RuntimeError as error:
                 _counters.clear()  # it may have stopped half-way
                 raise RuntimeError(f"{self.name}: {error}") from None

@@ -70,6 +70,11 @@ def triton_unsupported(device: torch.device) -> str | None:
     return f"runs on CUDA tensors, not {device.type} (see gptkernels.simulator for CPU tensors)"
 
 
+def current_stream(device: torch.device) -> int:
+    """Its handle, where launches go"""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
 def on_device(device: torch.device):
     """A context in which `device` is the current one: launches go to the current device, whatever the tensors say."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -252,9 +252,9 @@ def test_the_tile_counter_resets_itself(device):
 def test_streams_have_counters_of_their_own(device):
     cpu = torch.device("cpu")
     first = cuda_library.zeroed_counters(cpu)
-    with mock.patch.object(cuda_library, "_stream", return_value=77):
+    with mock.patch.object(hardware, "current_stream", return_value=77):
         assert cuda_library.zeroed_counters(cpu) is not first
-    with mock.patch.object(cuda_library, "_stream", return_value=2):
+    with mock.patch.object(hardware, "current_stream", return_value=2):
         mine = cuda_library.zeroed_counters(cpu)
         assert in_a_new_thread(lambda: cuda_library.zeroed_counters(cpu)) is not mine
     assert cuda_library.zeroed_counters(cpu) is first

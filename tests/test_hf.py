@@ -28,7 +28,7 @@ def registered():
 
 @pytest.fixture
 def attention_calls():
-    """(op, arguments) of each attention that runs on our kernels."""
+    """(op, record) of each attention that runs on our kernels."""
     with dispatch.recording() as calls:
         yield calls
 
@@ -38,9 +38,9 @@ def compiled_calls(monkeypatch):
     """The ops that torch.compile has traced."""
     calls, choose = [], dispatch.choose
 
-    def noting(call, arguments):
+    def noting(call, record):
         calls.append(call.op)
-        return choose(call, arguments)
+        return choose(call, record)
 
     monkeypatch.setattr(dispatch, "choose", noting)
     return calls
@@ -143,7 +143,7 @@ def test_packed_documents(name, how, attention_calls):
         packed |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         packed |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
     torch.testing.assert_close(fast(tokens, **packed).logits, expected, rtol=1e-5, atol=1e-5)
-    assert [arguments[4].tolist() for _, arguments in attention_calls] == [bounds] * 3
+    assert [call.cu_seqlens.tolist() for _, call in attention_calls] == [bounds] * 3
 
 
 @each_family
@@ -164,7 +164,7 @@ def test_dropout_reaches_the_kernels_in_training_only(attention_calls):
     _, fast = pair(family)
     fast(**inputs(family))
     fast.train()(**inputs(family))
-    assert [arguments[-1] for _, arguments in attention_calls] == [0.0] * 3 + [0.25] * 3
+    assert [call.dropout for _, call in attention_calls] == [0.0] * 3 + [0.25] * 3
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama", "Mistral"])

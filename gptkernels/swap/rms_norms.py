@@ -42,11 +42,11 @@ def computes(cast: str, offset: float) -> Callable[[nn.Module], bool]:
     """Whether a module has the bits of this order, with random weights in place of its own."""
 
     def matches(module: Foreign) -> bool:
-        eps, generator = eps_of(module), torch.Generator().manual_seed(0)
+        eps, generator = eps_of(module), torch.Generator("cpu").manual_seed(0)
         if not looks_like_rms_norm(module) or eps is None:
             return False
         width = module.weight.shape[0]
-        x, weight = torch.randn((ROWS + 1, width), generator=generator).bfloat16().split((ROWS, 1))
+        x, weight = torch.randn((ROWS + 1, width), generator=generator, device="cpu").bfloat16().split((ROWS, 1))
         twin = copy.deepcopy(module)
         twin.weight = nn.Parameter(weight[0], requires_grad=False)
         with torch.no_grad():

@@ -47,8 +47,10 @@ def rms_norm(
         return RMSNormCall(as_row_groups(x), None, dense, None, float(eps), float(offset), CASTS[cast], 0.0)
 
     def run(kernels, call):
-        y = native.run(call) if kernels is native else apply(RMSNormFunction, kernels, call.key, *call.flat())
-        return shaped_in_order(y, x)
+        if kernels is native:
+            return shaped_in_order(native.run(call), x)
+        options = call.eps, call.offset, call.cast_first
+        return shaped_in_order(apply(RMSNormFunction, kernels, call.key, call.x, call.weight, *options), x)
 
     return Call("rms_norm", BACKENDS, backend, check, record, run)
 
@@ -103,21 +105,20 @@ def check_weight(x: Tensor, weight: Tensor | None, eps: float, offset: float, ca
 
 class RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, key, *values):
-        call = with_key(RMSNormCall(*values), key)
-        y, _, rstd = kernels.rms_norm_fwd(call)
-        ctx.save_for_backward(call.x, call.weight, rstd)
-        ctx.kernels, ctx.key, ctx.options = kernels, key, values[4:]
+    def forward(ctx, kernels, key, x, weight, *options):
+        y, _, rstd = kernels.rms_norm_fwd(with_key(RMSNormCall(x, None, weight, None, *options, 0.0), key))
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.kernels, ctx.key, ctx.options = kernels, key, options
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        call = with_key(RMSNormCall(x, None, weight, None, *ctx.options), ctx.key)
-        wanted = ctx.needs_input_grad[4]
+        call = with_key(RMSNormCall(x, None, weight, None, *ctx.options, 0.0), ctx.key)
+        wanted = ctx.needs_input_grad[3]
         grad_x, _, grad_weight = ctx.kernels.rms_norm_bwd(call, contiguous_rows(dy), None, rstd, wanted)
-        grads = grad_x, None, grad_weight if wanted else None
-        return None, None, *first_order_only("rms_norm", grads, (dy, x, weight)), None, None, None, None, None
+        grads = grad_x, grad_weight if wanted else None
+        return None, None, *first_order_only("rms_norm", grads, (dy, x, weight)), None, None, None
 
 
 class AddRMSNormFunction(torch.autograd.Function):
