@@ -75,10 +75,14 @@ def current_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
+NOTHING = nullcontext()
+
+
 def on_device(device: torch.device):
     """A context in which `device` is the current one: launches go to the current device, whatever the tensors say."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+    # torch.cuda.current_device() without a look at whether CUDA has been set up, which it has been for the tensors.
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
+        return NOTHING
     return torch.cuda.device(device)
 
 

@@ -17,7 +17,7 @@ from .records import Record
 
 # Of one memory: a training run has a dozen, generation over many lengths some more.
 MOST_REMEMBERED = 4096
-SCALARS = (int, float, bool, str)
+NUMBERS = (int, float, bool)
 
 _memories: list["Memory"] = []
 
@@ -63,19 +63,20 @@ def forget() -> None:
 def likeness(values: Iterable) -> tuple | None:
     """What a call with these arguments has in common with those like it, or None where that cannot be told."""
     key: list[Any] = [hardware.simulated_arch]
+    append = key.append
     try:
         for value in values:
             kind = type(value)
             if kind is Tensor or kind is Parameter:
-                key.append((value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % 16))
-            elif value is None or kind is torch.dtype:
-                key.append(value)
+                append((value.shape, value.stride(), value.dtype, value.device, value.data_ptr() & 15))
+            elif kind is str or value is None or kind is torch.dtype:
+                append(value)
+            elif kind in NUMBERS:
+                append((kind, value))  # 1, 1.0 and True are equal, and not the same to a check
             elif isinstance(value, Record):
-                key.append(value.key or likeness(value.flat()))
+                append(value.key or likeness(value.flat()))
                 if key[-1] is None:
                     return None
-            elif kind in SCALARS:
-                key.append((kind, value))  # 1, 1.0 and True are equal, and not the same to a check
             else:
                 return None
     except RuntimeError:  # a tensor without strides or an address

@@ -10,8 +10,9 @@ def fwd_outputs(call: LayerNormCall) -> tuple[Tensor, Tensor | None, Tensor, Ten
     """-> y: (M, N) in x's dtype, h: (M, N) in residual's, mean, rstd: (M,) in float32"""
     x, residual = call.x, call.residual
     h = None if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-    mean, rstd = (torch.empty_strided(x.shape[:1], (1,), dtype=torch.float32, device=x.device) for _ in range(2))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), h, mean, rstd
+    y, rows = torch.empty_like(x, memory_format=torch.contiguous_format), x.shape[:1]
+    mean = torch.empty_strided(rows, (1,), dtype=torch.float32, device=x.device)
+    return y, h, mean, torch.empty_like(mean)
 
 
 def bwd_outputs(

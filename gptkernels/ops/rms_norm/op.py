@@ -105,16 +105,17 @@ def check_weight(x: Tensor, weight: Tensor | None, eps: float, offset: float, ca
 
 class RMSNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kernels, key, x, weight, *options):
-        y, _, rstd = kernels.rms_norm_fwd(with_key(RMSNormCall(x, None, weight, None, *options, 0.0), key))
+    def forward(ctx, kernels, key, x, weight, eps, offset, cast_first):
+        call = with_key(RMSNormCall(x, None, weight, None, eps, offset, cast_first, 0.0), key)
+        y, _, rstd = kernels.rms_norm_fwd(call)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.kernels, ctx.key, ctx.options = kernels, key, options
+        ctx.kernels, ctx.key, ctx.options = kernels, key, (eps, offset, cast_first, 0.0)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        call = with_key(RMSNormCall(x, None, weight, None, *ctx.options, 0.0), ctx.key)
+        call = with_key(RMSNormCall(x, None, weight, None, *ctx.options), ctx.key)
         wanted = ctx.needs_input_grad[3]
         grad_x, _, grad_weight = ctx.kernels.rms_norm_bwd(call, contiguous_rows(dy), None, rstd, wanted)
         grads = grad_x, grad_weight if wanted else None
