@@ -23,7 +23,9 @@ def normalised(
     if weight is None or cast_first:
         y = y.to(dtype)
     if weight is not None:
-        y = y * (weight.float() + offset if offset else weight)
+        scale = weight.float() + offset if offset else weight
+        # In place where that is the same: new memory takes as long as the product.
+        y = y.mul_(scale) if torch.result_type(y, scale) == y.dtype else y * scale
     return y.to(dtype), rstd
 
 
