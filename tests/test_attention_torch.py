@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from parity import assert_parity
 from test_attention import key_start, make, make_packed
 
 import gptkernels as gk
-from gptkernels.ops.attention import triton_kernels
+from gptkernels.ops.attention import native, reference, triton_kernels
 from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.ops.dropout import draw_seed
 
@@ -54,3 +55,30 @@ def test_compile_fullgraph(anywhere, head_size, dtype, dropout):
         results.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "queries", "keys", "kv_heads"),
+    [
+        (True, None, 70, 70, 4),
+        (False, None, 30, 70, 2),
+        (True, None, 30, 70, 2),  # more keys than queries
+        (True, None, 70, 30, 4),  # queries that see no key
+        (True, 9, 70, 70, 1),
+        (True, 9, 600, 600, 2),  # several blocks
+        (False, 17, 530, 600, 2),
+        (False, 3, 70, 30, 4),
+    ],
+)
+def test_pytorchs_own_attention_is_ours(causal, window, queries, keys, kv_heads, monkeypatch):
+    """As `auto` runs it on a GPU where `gptkernels tune` found it to be the fastest; here with fewer rows to a block,
+    and in float32: what PyTorch's kernels round in 16 bits is theirs."""
+    monkeypatch.setattr(native, "FEWEST_ROWS", 64)
+    where, sizes = type("Cpu", (), {"device": "cpu"}), {"batch": 2, "heads": 4, "kv_heads": kv_heads, "head_size": 16}
+    tensors = make(where, queries, keys, **sizes, dtype=torch.float32)
+    options = {"causal": causal, "window": window}
+
+    def op(q, k, v):
+        return native.run(AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5, **options))
+
+    assert_parity(op, reference.attention, tensors, kwargs={}, reference_kwargs=options)
