@@ -17,6 +17,7 @@ from .triton_fwd_kernel import attention_fwd_kernel
 from .triton_launch import head_parts, launch_row
 
 LOG2E = 1.4426950408889634
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 # Keys and values of the heads that programs work on at a time: what stays in an L2 cache beside everything else.
 SECTION_BYTES = 16 << 20
 # Larger ones, multiplied as three products of tfloat32, do not fit the registers in the smallest tiles there are.
@@ -26,6 +27,8 @@ MAX_FLOAT32_HEAD_SIZE = 128
 def unsupported(call: AttentionCall) -> str | None:
     if call.q.element_size() == 4 and call.q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
         return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {call.q.shape[-1]}"
+    if OLD_TRITON and 128 < call.q.shape[-1] <= 192 and 100 <= hardware.arch(call.q.device) < 120:
+        return f"takes no heads of 129 ... 192: Triton {triton.__version__} fails to compile them for this GPU"
     return hardware.triton_unsupported(call.q.device)
 
 
