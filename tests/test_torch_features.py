@@ -33,9 +33,12 @@ def test_compile_fullgraph(anywhere, backend, dropout):
         return gk.layer_norm(y + h, weight, backend=backend).sin()
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    tensors = inputs(anywhere)
+    assert_same_with_gradients(block, compiled, inputs(anywhere))
+
+
+def assert_same_with_gradients(one, other, tensors):
     results = []
-    for function in (block, compiled):
+    for function in (one, other):
         torch.manual_seed(5)
         out = function(*tensors)
         results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
@@ -91,14 +94,7 @@ def test_rms_norm_compiles_without_a_break(anywhere, backend):
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (4, 7):
-        tensors = inputs(anywhere, rows)[:3]
-        results = []
-        for function in (block, compiled):
-            torch.manual_seed(5)
-            out = function(*tensors)
-            results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
+        assert_same_with_gradients(block, compiled, inputs(anywhere, rows)[:3])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,10 +17,12 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..dispatch import Call
 from ..failures import UsageError
 from ..ops.attention import attention, decode_attention
 from ..ops.attention import reference as attention_reference
@@ -188,6 +190,10 @@ class Case:
             }
         targets = torch.randint(0, s["V"], (rows,), device=device, generator=generator)
         return {"x": random(rows, width), "weight": random(s["V"], width, scale=width**-0.5), "targets": targets}
+
+    def prepared(self, tensors: dict[str, Tensor]) -> Call:
+        """The op's call on these inputs, not run"""
+        return cast(Any, self.spec.function).prepare(**tensors, **self.kwargs)
 
     def outputs_like(self) -> tuple[str, ...]:
         """The input that each output has the shape and dtype of; "": a float32 number."""

@@ -8,7 +8,6 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -218,7 +217,7 @@ class Session:
             with self.recorded(mine):
                 call = contender.make(case, self.device)
                 if contender.kind == "ours":
-                    prepared = cast(Any, case.spec.function).prepare(**sets[0], **case.kwargs)
+                    prepared = case.prepared(sets[0])
                     for row in mine:
                         row["in_force"] = choices.in_force(prepared.op, prepared.record())
                 if contender.kind != "yardstick":

@@ -39,6 +39,13 @@ def keep(seed: Tensor, row: Tensor, column: Tensor, p: float) -> Tensor:
     return c0 >= threshold(p)
 
 
+def dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """x: (..., N), seed: (1,) int64 -> x where it is kept, scaled up for the rest; x itself without a seed"""
+    if seed is None:
+        return x
+    return x * keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p).view(x.shape) / (1 - p)
+
+
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """seed: (1,) int64 -> (rows, columns) bool"""
     row = torch.arange(rows, device=seed.device).unsqueeze(1)

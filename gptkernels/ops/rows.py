@@ -70,3 +70,10 @@ def shaped_in_order(rows: Tensor, x: Tensor) -> Tensor:
 def group_stride(x: Tensor) -> int:
     """x: (M, N) or (G, R, N)"""
     return x.stride(0) if x.ndim == 3 else 0
+
+
+def zero_(grads: tuple[Tensor | None, ...]) -> None:
+    """Of no rows"""
+    for grad in grads:
+        if grad is not None:
+            grad.zero_()

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -160,8 +160,7 @@ def in_force(candidate: Candidate) -> Iterator[None]:
 
 def class_of(inputs: Inputs) -> dict:
     """Of the case's calls"""
-    op = cast(Any, inputs.case.spec.function)
-    prepared = op.prepare(**inputs.sets[0], **inputs.case.kwargs)
+    prepared = inputs.case.prepared(inputs.sets[0])
     found = classes.of(prepared.op, prepared.record())
     return {"op": found.op, "kind": found.kind, "sizes": found.sizes}
 

@@ -8,7 +8,7 @@ from ...cuda_library import Copies, Launch
 from ...remembered import remembered
 from ...torch_library import torch_op
 from .outputs import bwd_outputs, fwd_outputs
-from .record import AttentionCall
+from .record import AttentionCall, strides
 
 MAX_TOKENS = 1 << 28
 # The kernels' word for a mask that does not end on one side of the diagonal.
@@ -41,13 +41,6 @@ def describe(call: AttentionCall) -> str:
     if dq_in_order(call.window, torch.are_deterministic_algorithms_enabled()):
         return "the gradients have the same bits on every run"
     return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
-    if x.ndim == 4:
-        return x.stride(0), x.stride(1), x.stride(2)
-    return 0, x.stride(1), x.stride(0)
 
 
 # What only some calls have

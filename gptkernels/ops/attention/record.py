@@ -45,3 +45,10 @@ class DecodeCall(Record):
         tokens = self.k_cache.shape[2]
         heads = self.q.shape[0] * self.k_cache.shape[1]
         return (f"D{self.q.shape[-1]}",), {"T": tokens, "W": self.window or tokens, "heads": heads}
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
+    if x.ndim == 4:
+        return x.stride(0), x.stride(1), x.stride(2)
+    return 0, x.stride(1), x.stride(0)

@@ -11,7 +11,7 @@ from ...triton_calls import Launch, of_tensor
 from ...tuning import choices
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
-from .record import AttentionCall
+from .record import AttentionCall, strides
 from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from .triton_fwd_kernel import attention_fwd_kernel
 from .triton_launch import head_parts, launch_row
@@ -30,13 +30,6 @@ def unsupported(call: AttentionCall) -> str | None:
     if OLD_TRITON and 128 < call.q.shape[-1] <= 192 and 100 <= hardware.arch(call.q.device) < 120:
         return f"takes no heads of 129 ... 192: Triton {triton.__version__} fails to compile them for this GPU"
     return hardware.triton_unsupported(call.q.device)
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of batch, head and token in (B, H, T, D) or packed (T, H, D)"""
-    if x.dim() == 4:
-        return x.stride(0), x.stride(1), x.stride(2)
-    return 0, x.stride(1), x.stride(0)
 
 
 def variables(call: AttentionCall) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from ...records import Record
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ..dropout import threshold
+from ..rows import zero_
 from .outputs import bwd_outputs, fwd_outputs
 from .record import LayerNormCall
 
@@ -39,14 +40,14 @@ def layer_norm_fwd(call: LayerNormCall) -> tuple[Tensor, Tensor | None, Tensor, 
 
 @remembered
 def fwd_launch(call: LayerNormCall) -> Launch:
-    return Launch("layer_norm_fwd", call.x.device, FWD_TENSORS, fwd_numbers(call, call.x.shape[0]))
+    return Launch("layer_norm_fwd", call.x.device, FWD_TENSORS, fwd_numbers(call))
 
 
-def fwd_numbers(call, rows: int) -> dict:
+def fwd_numbers(call) -> dict:
     """csrc/layer_norm/layer_norm.h's NormFwdParams, also of RMSNorm's calls"""
     x, residual, weight = call.x, call.residual, call.weight
     return {
-        "rows": rows,
+        "rows": x.shape[:-1].numel(),
         "columns": x.shape[-1],
         "x_stride": x.stride(-2),
         "residual_stride": 0 if residual is None else residual.stride(0),
@@ -72,9 +73,7 @@ def layer_norm_bwd(
     """dy, dh: (M, N), mean, rstd: (M,) -> gradients of h, x: (M, N), weight, bias: (N,)"""
     grads = bwd_outputs(call, dy, dh, mean, rstd, weight_grad, bias_grad)
     if call.x.shape[0] == 0:
-        for grad in grads[2:]:
-            if grad is not None:
-                grad.zero_()
+        zero_(grads)
         return grads
     launch, partials_shape = bwd_launch(call, dy, dh)
     partials = None
@@ -89,15 +88,15 @@ def bwd_launch(call: LayerNormCall, dy: Tensor, dh: Tensor | None) -> tuple[Laun
     """-> with the shape of the partial gradients"""
     rows, columns = call.x.shape
     partial_rows = cuda_library.load().layer_norm_bwd_partial_rows(rows, columns, hardware.sm_count(dy.device))
-    launch = Launch("layer_norm_bwd", dy.device, BWD_TENSORS, bwd_numbers(call, dy, dh, rows, partial_rows))
+    launch = Launch("layer_norm_bwd", dy.device, BWD_TENSORS, bwd_numbers(call, dy, dh, partial_rows))
     return launch, (2, partial_rows, columns)
 
 
-def bwd_numbers(call, dy: Tensor, dh: Tensor | None, rows: int, partial_rows: int) -> dict:
+def bwd_numbers(call, dy: Tensor, dh: Tensor | None, partial_rows: int) -> dict:
     """csrc/layer_norm/layer_norm.h's LayerNormBwdParams, also of RMSNorm's calls"""
     h, weight = call.x, call.weight
     return {
-        "rows": rows,
+        "rows": h.shape[:-1].numel(),
         "columns": h.shape[-1],
         "partial_rows": partial_rows,
         "dy_stride": dy.stride(-2),

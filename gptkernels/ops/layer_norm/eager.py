@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...torch_library import torch_op
-from ..dropout import keep_mask
+from ..dropout import dropped
 from .outputs import bwd_outputs, fwd_outputs
 from .record import LayerNormCall
 
@@ -30,15 +30,15 @@ def with_residual(x: Tensor, residual: Tensor | None, seed: Tensor | None, dropo
     backends do"""
     if residual is None:
         return x
-    kept = x if seed is None else x.float() * keep_mask(seed, x.shape[0], x.shape[1], dropout) / (1 - dropout)
+    kept = x if seed is None else dropped(x.float(), seed, dropout)
     return (kept + residual).to(residual.dtype)
 
 
 def grad_of_x(grad_h: Tensor, dy: Tensor, h: Tensor, seed: Tensor | None, dropout: float) -> Tensor | None:
     """grad_h: (M, N) float32 -> (M, N) where it is another"""
-    if seed is not None:
-        return (grad_h * keep_mask(seed, h.shape[0], h.shape[1], dropout) / (1 - dropout)).to(dy.dtype)
-    return grad_h.to(dy.dtype) if dy.dtype != h.dtype else None
+    if seed is None and dy.dtype == h.dtype:
+        return None
+    return dropped(grad_h, seed, dropout).to(dy.dtype)
 
 
 @torch_op(fake=bwd_outputs)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..dropout import keep_mask
+from ..dropout import dropped
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -25,10 +25,5 @@ def add_layer_norm(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x, residual: (..., N), weight, bias: (N,), seed: (1,) int64 -> y: (..., N), x + residual: (..., N)"""
-    if seed is not None:
-        keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], dropout).view(x.shape)
-        x_kept = x * keep / (1 - dropout)
-    else:
-        x_kept = x
-    h = x_kept + residual
+    h = dropped(x, seed, dropout) + residual
     return layer_norm(h, weight, bias, eps=eps).to(x.dtype), h

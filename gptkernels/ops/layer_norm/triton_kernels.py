@@ -11,6 +11,7 @@ from ...torch_library import torch_op
 from ...triton_calls import Launch
 from ...tuning import choices
 from ..dropout import threshold
+from ..rows import group_stride, zero_
 from .outputs import bwd_outputs, fwd_outputs
 from .record import LayerNormCall
 from .triton_rows import layer_norm_bwd_kernel, layer_norm_bwd_reduce_kernel, layer_norm_fwd_kernel
@@ -75,20 +76,26 @@ def layer_norm_fwd(call: LayerNormCall) -> tuple[Tensor, Tensor | None, Tensor, 
 
 @remembered
 def fwd_launch(call: LayerNormCall) -> Launch:
-    x, residual, eps, dropout = call.x, call.residual, call.eps, call.dropout
-    rows, columns = x.shape
-    row = launch_row(FWD_LAUNCH, "layer_norm_fwd", "layer_norm" if residual is None else "add_layer_norm", call)
+    return norm_fwd_launch("layer_norm", call, HAS_BIAS=call.bias is not None, RMS=False, CAST_FIRST=False)
+
+
+def norm_fwd_launch(name: str, call, offset: float = 0.0, **flags: bool) -> Launch:
+    """Of either norm"""
+    x, residual, dropout = call.x, call.residual, call.dropout
+    rows, columns, grouped = x.shape[:-1].numel(), x.shape[-1], x.ndim == 3
+    row = launch_row(FWD_LAUNCH, f"{name}_fwd", name if residual is None else f"add_{name}", call)
     residual_stride = 0 if residual is None else residual.stride(0)
     return Launch(
         layer_norm_fwd_kernel,
         (triton.cdiv(rows, row["ROWS"]),),
-        (rows, columns, x.stride(0), 0, 0, residual_stride, eps, 0.0, threshold(dropout), 1 / (1 - dropout)),
+        (
+            *(rows, columns, x.stride(-2), group_stride(x), x.shape[-2] if grouped else 0, residual_stride),
+            *(call.eps, offset, threshold(dropout), 1 / (1 - dropout)),
+        ),
         HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=call.bias is not None,
         HAS_DROPOUT=dropout > 0,
-        RMS=False,
-        CAST_FIRST=False,
-        GROUPED=False,
+        GROUPED=grouped,
+        **flags,
         **row,
     )
 
@@ -107,9 +114,7 @@ def layer_norm_bwd(
     grads = grad_h, grad_x, grad_weight, grad_bias = bwd_outputs(call, dy, dh, mean, rstd, weight_grad, bias_grad)
     h = call.x
     if h.shape[0] == 0:
-        for grad in grads[2:]:
-            if grad is not None:
-                grad.zero_()
+        zero_(grads)
         return grads
     launch, reduce, partials_shape = bwd_launches(call, dy, dh, weight_grad, bias_grad)
     allocate = torch.empty if launch.constants["WHOLE_ROW"] else torch.zeros
@@ -136,24 +141,33 @@ def layer_norm_bwd(
 def bwd_launches(
     call: LayerNormCall, dy: Tensor, dh: Tensor | None, weight_grad: bool, bias_grad: bool
 ) -> tuple[Launch, Launch, tuple[int, ...]]:
-    """-> of the gradients and of the sum over the programs' partial ones, and the shape of those"""
+    return norm_bwd_launches("layer_norm", call, dy, dh, weight_grad, bias_grad, rms=False)
+
+
+def norm_bwd_launches(
+    name: str, call, dy: Tensor, dh: Tensor | None, weight_grad: bool, bias_grad: bool, rms: bool, offset: float = 0.0
+) -> tuple[Launch, Launch, tuple[int, ...]]:
+    """Of either norm -> of the gradients and of the sum over the programs' partial ones, and the shape of those"""
     h, dropout = call.x, call.dropout
-    rows, columns = h.shape
-    op = "layer_norm" if dh is None else "add_layer_norm"
-    row = launch_row(BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH, "layer_norm_bwd", op, call)
+    rows, columns, grouped = h.shape[:-1].numel(), h.shape[-1], h.ndim == 3
+    table = BWD_DROPOUT_LAUNCH if dropout else BWD_LAUNCH
+    row = launch_row(table, f"{name}_bwd", name if dh is None else f"add_{name}", call)
     programs = min(triton.cdiv(rows, row["ROWS"]), 4 * hardware.sm_count(h.device))
     has_partials = weight_grad or bias_grad
     dh_stride = 0 if dh is None else dh.stride(0)
     gradients = Launch(
         layer_norm_bwd_kernel,
         (programs,),
-        (rows, columns, dy.stride(0), 0, dh_stride, h.stride(0), 0, 0, 0.0, threshold(dropout), 1 / (1 - dropout)),
+        (
+            *(rows, columns, dy.stride(-2), group_stride(dy), dh_stride, h.stride(-2), group_stride(h)),
+            *(h.shape[-2] if grouped else 0, offset, threshold(dropout), 1 / (1 - dropout)),
+        ),
         HAS_DH=dh is not None,
         HAS_GRAD_X=dropout > 0 or dy.dtype != h.dtype,
         HAS_DROPOUT=dropout > 0,
         HAS_PARTIALS=has_partials,
-        RMS=False,
-        GROUPED=False,
+        RMS=rms,
+        GROUPED=grouped,
         **row,
     )
     reduce = Launch(
@@ -164,4 +178,4 @@ def bwd_launches(
         HAS_BIAS=bias_grad,
         **REDUCE_LAUNCH,
     )
-    return gradients, reduce, (2, programs, columns) if has_partials else (0,)
+    return gradients, reduce, (1 if rms else 2, programs, columns) if has_partials else (0,)

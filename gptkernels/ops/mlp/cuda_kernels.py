@@ -7,9 +7,10 @@ from ... import cuda_library, hardware
 from ...cuda_library import Copies, Launch
 from ...remembered import remembered
 from ...torch_library import torch_op
+from ..rows import zero_
 from . import eager
 from .eager import other_grads, preact_of
-from .outputs import bwd_outputs, copies_cost_more, fwd_outputs, hidden_layer, zero_
+from .outputs import bwd_outputs, copies_cost_more, fwd_outputs, hidden_layer
 from .record import MlpCall
 
 # The numbers that csrc/mlp/mlp.h gives them.

@@ -55,12 +55,6 @@ def bwd_outputs(
     return x_grad, fc_weight_grad, fc_bias_grad, proj_weight_grad, proj_bias_grad
 
 
-def zero_(grads: tuple[Tensor | None, ...]) -> None:
-    for grad in grads:
-        if grad is not None:
-            grad.zero_()
-
-
 def is_transposed(weight: Tensor) -> bool:
     """Whether a weight (out, in) lies in memory as (in, out), as GPT-2's do in transformers."""
     return not weight.is_contiguous() and weight.mT.is_contiguous()

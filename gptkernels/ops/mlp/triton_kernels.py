@@ -11,8 +11,9 @@ from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch, of_tensor
 from ...tuning import choices
+from ..rows import zero_
 from .eager import linear, other_grads, preact_of
-from .outputs import bwd_outputs, copies_cost_more, fwd_outputs, hidden_layer, zero_
+from .outputs import bwd_outputs, copies_cost_more, fwd_outputs, hidden_layer
 from .record import MlpCall
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel

@@ -8,7 +8,7 @@ from ...cuda_library import Launch
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ..layer_norm.cuda_kernels import BWD_TENSORS, bwd_numbers, fwd_numbers, unsupported
-from ..rows import group_stride
+from ..rows import group_stride, zero_
 from .outputs import bwd_outputs, fwd_outputs
 from .record import RMSNormCall
 
@@ -29,16 +29,15 @@ def options(call: RMSNormCall) -> dict:
 def rms_norm_fwd(call: RMSNormCall) -> tuple[Tensor, Tensor | None, Tensor]:
     """-> y, h = dropout(x) + residual: like x, rstd: (M,)"""
     outputs = fwd_outputs(call)
-    rows = outputs[2].shape[0]
-    if rows:
-        fwd_launch(call, rows)(call.x, call.residual, call.weight, call.seed, *outputs)
+    if call.x.numel():
+        fwd_launch(call)(call.x, call.residual, call.weight, call.seed, *outputs)
     return outputs
 
 
 @remembered
-def fwd_launch(call: RMSNormCall, rows: int) -> Launch:
+def fwd_launch(call: RMSNormCall) -> Launch:
     own = {"x_group_stride": group_stride(call.x), "cast_first": call.cast_first, **options(call)}
-    return Launch("rms_norm_fwd", call.x.device, FWD_TENSORS, fwd_numbers(call, rows) | own)
+    return Launch("rms_norm_fwd", call.x.device, FWD_TENSORS, fwd_numbers(call) | own)
 
 
 @torch_op(fake=bwd_outputs)
@@ -47,10 +46,10 @@ def rms_norm_bwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dy: like h, dh: (M, N), rstd: (M,) -> gradients of h, x: like h, weight: (N,)"""
     grads = grad_h, grad_x, grad_weight = bwd_outputs(call, dy, dh, rstd, weight_grad)
-    rows = rstd.shape[0]
-    if rows == 0:
-        return grad_h, grad_x, None if grad_weight is None else grad_weight.zero_()
-    launch, partials_shape = bwd_launch(call, dy, dh, rows)
+    if dy.numel() == 0:
+        zero_(grads)
+        return grads
+    launch, partials_shape = bwd_launch(call, dy, dh)
     partials = None
     if grad_weight is not None:
         partials = torch.empty(partials_shape, dtype=torch.float32, device=dy.device)
@@ -59,10 +58,10 @@ def rms_norm_bwd(
 
 
 @remembered
-def bwd_launch(call: RMSNormCall, dy: Tensor, dh: Tensor | None, rows: int) -> tuple[Launch, tuple[int, int]]:
+def bwd_launch(call: RMSNormCall, dy: Tensor, dh: Tensor | None) -> tuple[Launch, tuple[int, int]]:
     """-> with the shape of the partial gradients"""
-    columns = call.x.shape[-1]
+    rows, columns = dy.shape[:-1].numel(), dy.shape[-1]
     partial_rows = cuda_library.load().rms_norm_bwd_partial_rows(rows, columns, hardware.sm_count(dy.device))
     own = {"dy_group_stride": group_stride(dy), "h_group_stride": group_stride(call.x), **options(call)}
-    numbers = bwd_numbers(call, dy, dh, rows, partial_rows) | own
+    numbers = bwd_numbers(call, dy, dh, partial_rows) | own
     return Launch("rms_norm_bwd", dy.device, BWD_TENSORS, numbers), (partial_rows, columns)

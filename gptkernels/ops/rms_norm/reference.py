@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dropout import keep_mask
+from ..dropout import dropped
 
 
 def rms_norm(
@@ -31,10 +31,5 @@ def add_rms_norm(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x, residual: (..., N), weight: (N,), seed: (1,) int64 -> y: (..., N), x + residual: (..., N)"""
-    if seed is not None:
-        keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], dropout).view(x.shape)
-        x_kept = x * keep / (1 - dropout)
-    else:
-        x_kept = x
-    h = x_kept + residual
+    h = dropped(x, seed, dropout) + residual
     return rms_norm(h, weight, eps=eps, offset=offset, cast=cast).to(x.dtype), h
