@@ -79,8 +79,9 @@ void read(Fields& fields, AttentionBwdParams& p) {
 }
 
 void read(Fields& fields, CrossEntropyParams& p) {
-    fields FIELD(logits) FIELD(targets) FIELD(losses) FIELD(lse) FIELD(scale) FIELD(rows) FIELD(stride)
-        FIELD(scale_stride) FIELD(ignore_index) FIELD(vocabulary) FIELD(dtype) FIELD(with_grad);
+    fields FIELD(logits) FIELD(targets) FIELD(losses) FIELD(lse) FIELD(scale) FIELD(bias) FIELD(class_weight)
+        FIELD(factors) FIELD(rows) FIELD(stride) FIELD(scale_stride) FIELD(ignore_index) FIELD(label_smoothing)
+            FIELD(softcap) FIELD(temperature) FIELD(vocabulary) FIELD(dtype) FIELD(with_grad) FIELD(plain);
 }
 
 void read(Fields& fields, NormFwdParams& p) {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .models import GPT, GPTConfig
     from .ops.attention import attention, decode_attention
     from .ops.layer_norm import add_layer_norm, layer_norm
-    from .ops.linear_cross_entropy import linear_cross_entropy
+    from .ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
     from .ops.mlp import mlp
     from .ops.rms_norm import add_rms_norm, rms_norm
     from .ops.rope import rope
@@ -35,6 +35,7 @@ __all__ = [
     "hf",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_log_probs",
     "mlp",
     "nn",
     "rms_norm",
@@ -56,6 +57,7 @@ _HOMES = {
     "explain": "dispatch",
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
+    "linear_log_probs": "ops.linear_cross_entropy",
     "mlp": "ops.mlp",
     "rms_norm": "ops.rms_norm",
     "rope": "ops.rope",

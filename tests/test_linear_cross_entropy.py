@@ -61,6 +61,145 @@ def test_linear_cross_entropy(where, backend, dtype, reduction):
     assert_loss_parity(tensors, targets, backend, reduction=reduction)
 
 
+# What the loss may be beside the plain one, each alone and together.
+OPTIONS = {
+    "bias": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 2.0},
+    "class-weight": {},
+    "all": {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap": 3.0},
+}
+
+
+def with_options(where, name, rows, d, vocabulary, dtype, ignored=0):
+    """-> tensors, targets, keywords of the op"""
+    tensors, targets = make(where, rows, d, vocabulary, dtype, ignored)
+    kwargs = dict(OPTIONS[name])
+    if name in ("bias", "all"):
+        tensors["bias"] = torch.randn(vocabulary).to(where.device, dtype).requires_grad_()
+    if name in ("class-weight", "all"):
+        kwargs["class_weight"] = torch.rand(vocabulary).to(where.device)
+    return tensors, targets, kwargs
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_with_options_is_torch(name, reduction):
+    cpu = type("Cpu", (), {"device": "cpu"})
+    tensors, targets, kwargs = with_options(cpu, name, 6, 5, 9, torch.float64, ignored=2)
+    weights = kwargs.get("class_weight", torch.ones(9)).double()
+
+    def loss(**tensors):
+        return reference.linear_cross_entropy(**tensors, targets=targets, reduction=reduction, **kwargs)
+
+    logits = F.linear(**{"input" if name == "x" else name: x for name, x in tensors.items()})
+    if "softcap" in kwargs:
+        logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
+    smoothing = kwargs.get("label_smoothing", 0.0)
+    expected = F.cross_entropy(logits, targets, weights, reduction=reduction, label_smoothing=smoothing)
+    squares = kwargs.get("z_loss", 0.0) * logits.logsumexp(1).square().where(targets != -100, 0)
+    squares = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / 4}[reduction]
+    torch.testing.assert_close(loss(**tensors), expected + squares)
+    with_z = reference.linear_cross_entropy(
+        **tensors, targets=targets, reduction=reduction, **kwargs, return_z_loss=True
+    )
+    torch.testing.assert_close(with_z, (expected + squares, squares))
+    assert torch.autograd.gradcheck(
+        lambda *values: loss(**dict(zip(tensors, values, strict=True))), tuple(tensors.values())
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options(anywhere, backend, name, dtype):
+    anywhere.require(backend)
+    for reduction, vocabulary in zip(REDUCTIONS, (503, 1024, 2050), strict=True):
+        tensors, targets, kwargs = with_options(anywhere, name, 30, 48, vocabulary, dtype, ignored=5)
+        in_reference = kwargs | ({"class_weight": kwargs["class_weight"].cpu()} if "class_weight" in kwargs else {})
+        assert_parity(
+            gk.linear_cross_entropy,
+            reference.linear_cross_entropy,
+            tensors,
+            kwargs={"targets": targets.to(anywhere.device), "reduction": reduction, "backend": backend, **kwargs},
+            reference_kwargs={"targets": targets, "reduction": reduction, **in_reference},
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options_in_many_chunks(anywhere, backend):
+    """The bias's gradient, too, is a sum over all of them."""
+    anywhere.require(backend)
+    with mock.patch.object(chunks, "chunk_rows", return_value=7):
+        tensors, targets, kwargs = with_options(anywhere, "bias", 20, 32, 300, torch.float32, ignored=4)
+        for reduction in REDUCTIONS:
+            assert_loss_parity(tensors, targets, backend, reduction=reduction, **kwargs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_z_loss_is_returned_without_a_gradient(anywhere, backend):
+    anywhere.require(backend)
+    tensors, targets = make(anywhere, 12, 32, 100, torch.float32, ignored=3)
+    targets = targets.to(anywhere.device)
+    for reduction in REDUCTIONS:
+        plain = gk.linear_cross_entropy(**tensors, targets=targets, reduction=reduction, backend=backend)
+        arguments = {**tensors, "targets": targets, "reduction": reduction, "backend": backend, "return_z_loss": True}
+        loss, z = gk.linear_cross_entropy(**arguments, z_loss=0.01)
+        assert not z.requires_grad and z.shape == loss.shape
+        torch.testing.assert_close(loss - z, plain)
+        logits = tensors["x"] @ tensors["weight"].T
+        squares = (0.01 * logits.logsumexp(1).square()).where(targets != -100, 0).detach()
+        expected = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / 9}[reduction]
+        torch.testing.assert_close(z, expected)
+        loss, z = gk.linear_cross_entropy(**arguments)
+        assert bool((z == 0).all()) and z.shape == loss.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_logits_with_softcap_and_smoothing(anywhere, backend):
+    """A softcap makes numbers of them; smoothed labels cost a row with a word that is ruled out everything."""
+    anywhere.require(backend)
+    x = torch.tensor([[1.0, 0.5], [1.0, -2.0], [torch.nan, torch.inf]], device=anywhere.device, requires_grad=True)
+    weight = torch.randn(200, 2, device=anywhere.device)
+    weight[::2] = torch.tensor([-torch.inf, 0.0])
+    targets = torch.tensor([1, 3, -100], device=anywhere.device)
+    for options in ({"softcap": 5.0}, {"label_smoothing": 0.1}):
+        losses = gk.linear_cross_entropy(x, weight, targets, reduction="none", backend=backend, **options)
+        expected = reference.linear_cross_entropy(x[:2], weight, targets[:2], reduction="none", **options)
+        torch.testing.assert_close(losses[:2], expected)
+        assert losses[2].item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_log_probs(anywhere, backend, dtype):
+    anywhere.require(backend)
+    for temperature, biased in ((1.0, True), (0.7, False), (2.5, True)):
+        tensors, targets = make(anywhere, 24, 48, 1003, dtype)
+        if biased:
+            tensors["bias"] = torch.randn(1003).to(anywhere.device, dtype).requires_grad_()
+        assert_parity(
+            gk.linear_log_probs,
+            reference.linear_log_probs,
+            tensors,
+            kwargs={"targets": targets.to(anywhere.device), "temperature": temperature, "backend": backend},
+            reference_kwargs={"targets": targets, "temperature": temperature},
+        )
+
+
+def test_log_probs_are_of_the_shape_of_the_targets():
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(20, 8)
+    targets = torch.tensor([[0, 19, -100], [4, 5, 6]])
+    found = gk.linear_log_probs(x, weight, targets, temperature=0.5)
+    expected = (2 * x @ weight.T).log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(found, expected.where(targets >= 0, 0))
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    assert bool((grad[0, 2] == 0).all())
+    with pytest.raises(ValueError, match="temperature must be > 0"):
+        gk.linear_log_probs(x, weight, targets, temperature=0)
+
+
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (2, 2), (64, 1024), (65, 1025), (130, 257), (3, 50257)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sizes(anywhere, backend, rows, vocabulary):
@@ -230,17 +369,34 @@ def test_compile_and_opcheck(anywhere, backend):
             torch.testing.assert_close(a, b)
     kernels = {"eager": eager, "triton": triton_kernels, "cuda": cuda_kernels}[backend]
     x, weight = (t.detach() for t in tensors.values())
-    for *options, needs_x, needs_weight in (
-        (-100, "mean", True, True),
-        (3, "none", False, True),
-        (3, "sum", True, False),
+    bias, class_weight = torch.rand(2, 100, device=x.device)
+    for call, needs in (
+        (LossCall(x, weight, targets), (True, True, False)),
+        (LossCall(x, weight, targets, bias, None, 3, "none", z_loss=0.1), (False, True, True)),
+        (LossCall(x, weight, targets, bias, class_weight, 3, "sum", softcap=3.0), (True, False, True)),
     ):
-        call = LossCall(x, weight, targets, *options, x.dtype)
-        torch.library.opcheck(kernels.linear_cross_entropy_fwd.torch_op, (*call.flat(), needs_x, needs_weight))
+        torch.library.opcheck(kernels.linear_cross_entropy_fwd.torch_op, (*call.flat(), *needs))
     losses, lse = torch.rand(2, 12, device=x.device)
-    call = LossCall(x, weight, targets, -100, "none", x.dtype)
-    arguments = (*call.flat(), losses, lse, True, True, True)
+    call = LossCall(x, weight, targets, bias, reduction="none")
+    arguments = (*call.flat(), losses, lse, True, True, True, True)
     torch.library.opcheck(kernels.linear_cross_entropy_bwd.torch_op, arguments)
+
+
+def test_options_compile():
+    torch._dynamo.reset()
+    cpu = type("Cpu", (), {"device": "cpu"})
+    tensors, targets, kwargs = with_options(cpu, "all", 12, 32, 100, torch.float32, ignored=2)
+
+    def block(x, weight, bias):
+        loss, z = gk.linear_cross_entropy(x * 2, weight, targets, bias=bias, return_z_loss=True, **kwargs)
+        return loss + z + gk.linear_log_probs(x, weight, targets.clamp(min=0), bias=bias, temperature=0.5).sum()
+
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        out = function(**tensors)
+        results.append((out, *torch.autograd.grad(out, tensors.values())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_double_backward_is_an_error():
@@ -314,6 +470,18 @@ BAD = [
     ({"ignore_index": 3}, ValueError, r"ignore_index \(3\), not -100"),
     ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum, none, not 'avg'"),
     ({"reduction": None}, ValueError, "reduction must be one of"),
+    ({"bias": 1.0}, TypeError, "bias must be a tensor"),
+    ({"bias": W[0]}, ValueError, r"bias must have shape \(50,\) .* not \(32,\)"),
+    ({"bias": W[:, 0].half()}, TypeError, "bias must be float32, not float16"),
+    ({"class_weight": W}, ValueError, "class_weight must have 1 dimension, not"),
+    ({"class_weight": T}, TypeError, "class_weight must be .* not int64"),
+    ({"class_weight": W[:, 0].clone().requires_grad_()}, ValueError, "class_weight must not require a gradient"),
+    ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be >= 0 and <= 1, not 1.1"),
+    ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number, not str"),
+    ({"z_loss": -1e-4}, ValueError, "z_loss must be >= 0"),
+    ({"softcap": 0}, ValueError, "softcap must be > 0"),
+    ({"softcap": True}, TypeError, "softcap must be a number, not bool"),
+    ({"return_z_loss": 1}, TypeError, "return_z_loss must be True or False, not 1"),
     ({"backend": "liger"}, ValueError, "backend must be one of"),
     ({"backend": "triton"}, gk.UnsupportedError, "triton: runs on CUDA tensors, not cpu"),
     ({"backend": "cuda"}, gk.UnsupportedError, "cuda: "),

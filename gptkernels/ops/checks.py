@@ -33,14 +33,20 @@ def check_shape(name: str, value: Tensor, shape: tuple, meaning: str) -> None:
 
 
 def check_number(
-    name: str, number, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+    name: str,
+    number,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
 ) -> None:
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name} must be a number, not {type(number).__name__}")
     value = float(number)
-    if not (value > above and value >= at_least and value < below):
+    if not (value > above and value >= at_least and value < below and value <= at_most):
         bounds = [f"> {above}"] * (above > -math.inf) + [f">= {at_least}"] * (at_least > -math.inf)
-        bounds += [f"< {below}"] * (below < math.inf)
+        bounds += [f"< {below}"] * (below < math.inf) + [f"<= {at_most}"] * (at_most < math.inf)
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,42 @@ CHUNKS = 32
 MIN_ROWS = 112
 ROW_ELEMENTS = 8
 
-# A backend's work on one chunk: (logits, targets, losses, lse, scale, ignore_index, with_grad). logits: (R, V) are
-# replaced by d loss / d logits if with_grad; losses, lse: (R,) float32 are filled; targets: (R,) int64;
-# scale: () or (R,) float32, what the loss of each row counts for in the gradient.
-ChunkLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], None]
+
+class Chunk(NamedTuple):
+    """Some rows of a call, and what a backend makes of them: losses and lse are filled, logits become their gradient
+    where that is asked for."""
+
+    logits: Tensor  # (R, V) x @ weight.mT
+    targets: Tensor  # (R,) int64
+    losses: Tensor  # (R,) float32, without what z_loss adds
+    lse: Tensor  # (R,) float32
+    scale: Tensor  # () or (R,) float32: what the loss of each row counts for in the gradient
+
+
+class Options(NamedTuple):
+    """What is the same for all chunks of a call.
+
+    The scores of a row are softcap * tanh((logits + bias) / softcap) / temperature, each part where there is one; with
+    w = class_weight, or 1, its loss is
+        (1 - label_smoothing) w[target] (lse - scores[target]) + label_smoothing mean(w (lse - scores)).
+    """
+
+    ignore_index: int
+    with_grad: bool
+    bias: Tensor | None  # (V,) float32
+    class_weight: Tensor | None  # (V,) float32
+    factors: Tensor | None  # (2,) float32: the mean of w, and what lse^2 counts for beside the loss; None: 1, 0
+    label_smoothing: float
+    softcap: float
+    temperature: float
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the cross-entropy of the logits, no more"""
+        return self.bias is None and self.factors is None and not self.softcap and self.temperature == 1
+
+
+ChunkLoss = Callable[[Chunk, Options], None]
 
 
 def chunk_rows(rows: int, fewest: int = MIN_ROWS) -> int:
@@ -36,37 +69,62 @@ def fewest_rows(call: LossCall) -> int:
     return choices.setting("loss_rows", "linear_cross_entropy", call, MIN_ROWS)
 
 
-def fwd_outputs(call: LossCall, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> loss: () or (M,), lse: (M,) float32, gradients of x and weight (float32) for a gradient of 1 of the loss; with
-    reduction="none", which has a gradient for each row, none yet"""
+class Needs(NamedTuple):
+    """Which gradients are asked for"""
+
+    x: bool
+    weight: bool
+    bias: bool
+
+
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+def fwd_outputs(
+    call: LossCall, needs_x: bool, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss: () or (M,), what z_loss adds to it, lse: (M,) float32, gradients of x, weight and bias (float32) for a
+    gradient of 1 of the loss; with reduction="none", which has a gradient for each row, none yet"""
     x, now = call.x, call.reduction != "none"
-    loss = torch.empty(() if now else x.shape[:1], dtype=torch.float32, device=x.device)
+    loss, z = (torch.empty(() if now else x.shape[:1], dtype=torch.float32, device=x.device) for _ in range(2))
     lse = torch.empty(x.shape[:1], dtype=torch.float32, device=x.device)
-    return loss, lse, *empty_grads(call, now and needs_x, now and needs_weight)
+    needs = Needs(*(now and needed for needed in (needs_x, needs_weight, needs_bias)))
+    return loss, z if call.z_loss else z.new_empty(0), lse, *empty_grads(call, needs)
 
 
-def empty_grads(call: LossCall, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+def empty_grads(call: LossCall, needs: Needs) -> Grads:
     x, weight = call.x, call.weight
-    grad_x = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    return grad_x, torch.empty(weight.shape if needs_weight else (0,), dtype=torch.float32, device=x.device)
+
+    def empty(needed: bool, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape if needed else (0,), dtype=dtype, device=x.device)
+
+    grad_x = empty(needs.x, x.shape, x.dtype)
+    return grad_x, empty(needs.weight, weight.shape, torch.float32), empty(needs.bias, weight.shape[:1], torch.float32)
 
 
 def bwd_outputs(
-    call: LossCall, dloss: Tensor, lse: Tensor, needs_x: bool, needs_weight: bool, float_weight_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d)"""
-    grad_x, grad_weight = empty_grads(call, needs_x, needs_weight)
-    return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype)
+    call: LossCall,
+    dloss: Tensor,
+    lse: Tensor,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    float_weight_grad: bool,
+) -> Grads:
+    """dloss, lse: (M,) -> gradients of x: (M, d), weight: (V, d) and bias: (V,)"""
+    grad_x, grad_weight, grad_bias = empty_grads(call, Needs(needs_x, needs_weight, needs_bias))
+    return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype), grad_bias
 
 
 def over_chunks(
-    chunk_loss: ChunkLoss, call: LossCall, scale: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> losses, lse: (M,) float32, gradients of sum(losses * scale) of x: (M, d) and, in float32,
-    weight: (V, d)"""
+    chunk_loss: ChunkLoss, call: LossCall, scale: Tensor, factors: Tensor | None, needs: Needs
+) -> tuple[Tensor, Tensor, Grads]:
+    """-> losses, lse: (M,) float32, gradients of sum(losses * scale) of x: (M, d) and, in float32, weight: (V, d) and
+    bias: (V,)"""
     x, weight, targets = call.x, call.weight, call.targets
     losses, lse = (torch.empty((x.shape[0],), dtype=torch.float32, device=x.device) for _ in range(2))
-    grad_x, weight_sum = empty_grads(call, needs_x, needs_weight)
+    grad_x, weight_sum, bias_sum = empty_grads(call, needs)
+    bias_sum.zero_()
     if not x.shape[0]:
         weight_sum.zero_()
     step = chunk_rows(x.shape[0], fewest_rows(call))
@@ -77,17 +135,28 @@ def over_chunks(
         # oneDNN multiplies bfloat16 in pairs: beside the last of an odd vocabulary it reads the padding, times 0.
         buffer[:, weight.shape[0] :] = 0
     buffer = buffer[:, : weight.shape[0]]
+    options = Options(
+        call.ignore_index,
+        any(needs),
+        call.bias,
+        call.class_weight,
+        factors,
+        call.label_smoothing,
+        call.softcap,
+        call.temperature,
+    )
     for start in range(0, x.shape[0], step):
         rows = slice(start, min(start + step, x.shape[0]))
         logits = torch.mm(x[rows], weight.mT, out=buffer[: rows.stop - start])
         row_scale = scale if scale.ndim == 0 else scale[rows]
-        with_grad = needs_x or needs_weight
-        chunk_loss(logits, targets[rows], losses[rows], lse[rows], row_scale, call.ignore_index, with_grad)
-        if needs_x:
+        chunk_loss(Chunk(logits, targets[rows], losses[rows], lse[rows], row_scale), options)
+        if needs.x:
             torch.mm(logits, weight, out=grad_x[rows])
-        if needs_weight:
+        if needs.weight:
             add_product(weight_sum, logits.mT, x[rows], first=start == 0)
-    return losses, lse, grad_x, weight_sum
+        if needs.bias:
+            bias_sum += logits.sum(0, dtype=torch.float32)
+    return losses, lse, (grad_x, weight_sum, bias_sum)
 
 
 def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -99,31 +168,65 @@ def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
+def scales(call: LossCall) -> tuple[Tensor, Tensor]:
+    """-> (), (): what the loss of a row, and what z_loss adds to it, count for in the loss of all"""
+    one = torch.ones((), device=call.x.device)
+    if call.reduction != "mean":
+        return one, one
+    counted = call.targets != call.ignore_index
+    of_row = one / counted.sum()
+    if call.class_weight is None:
+        return of_row, of_row
+    vocabulary = call.weight.shape[0]
+    valid = (call.targets >= 0) & (call.targets < vocabulary)
+    weights = call.class_weight[call.targets.where(valid, 0)].masked_fill(~counted, 0)
+    return one / weights.sum(), of_row
+
+
+def factors_of(call: LossCall, scale: Tensor, z_scale: Tensor) -> Tensor | None:
+    """-> Options.factors"""
+    if call.class_weight is None and not call.label_smoothing and not call.z_loss:
+        return None
+    mean = torch.ones_like(scale) if call.class_weight is None else call.class_weight.mean()
+    return torch.stack((mean, call.z_loss * (z_scale / scale)))
+
+
 def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
     """-> a backend's linear_cross_entropy_fwd and linear_cross_entropy_bwd. module: its __name__"""
 
     def linear_cross_entropy_fwd(
-        call: LossCall, needs_x: bool, needs_weight: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> loss, lse: (M,), gradients of x and weight"""
+        call: LossCall, needs_x: bool, needs_weight: bool, needs_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """-> loss, what z_loss adds to it, lse: (M,), gradients of x, weight and bias"""
         if call.targets.is_cpu or os.environ.get("GPTKERNELS_CHECKED") == "1":
             check_range(call.targets, call.weight.shape[0], call.ignore_index)
-        scale = torch.ones((), device=call.x.device)
-        if call.reduction == "mean":
-            scale = scale / (call.targets != call.ignore_index).sum()
-        if call.reduction == "none":
-            needs_x = needs_weight = False
-        losses, lse, grad_x, grad_weight = over_chunks(chunk_loss, call, scale, needs_x, needs_weight)
-        if call.reduction != "none":
+        scale, z_scale = scales(call)
+        now = call.reduction != "none"
+        needs = Needs(*(now and needed for needed in (needs_x, needs_weight, needs_bias)))
+        losses, lse, grads = over_chunks(chunk_loss, call, scale, factors_of(call, scale, z_scale), needs)
+        if now:
             losses = losses.sum() * scale
-        return losses, lse, grad_x, grad_weight
+        z = losses.new_empty(0)
+        if call.z_loss:
+            z = (call.z_loss * lse.square()).masked_fill(call.targets == call.ignore_index, 0)
+            z = z.sum() * z_scale if now else z
+            losses = losses + z
+        return losses, z, lse, *grads
 
     def linear_cross_entropy_bwd(
-        call: LossCall, dloss: Tensor, lse: Tensor, needs_x: bool, needs_weight: bool, float_weight_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        """dloss, lse: (M,) -> gradients of x: (M, d) and weight: (V, d); the logits are computed again"""
-        _, _, grad_x, grad_weight = over_chunks(chunk_loss, call, dloss, needs_x, needs_weight)
-        return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype)
+        call: LossCall,
+        dloss: Tensor,
+        lse: Tensor,
+        needs_x: bool,
+        needs_weight: bool,
+        needs_bias: bool,
+        float_weight_grad: bool,
+    ) -> Grads:
+        """dloss, lse: (M,) -> gradients of x: (M, d), weight: (V, d) and bias: (V,); the logits are computed again"""
+        needs = Needs(needs_x, needs_weight, needs_bias)
+        factors = factors_of(call, *scales(call))
+        grad_x, grad_weight, grad_bias = over_chunks(chunk_loss, call, dloss, factors, needs)[2]
+        return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype), grad_bias
 
     # torch_op names the backend's ops after its module.
     for launcher in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):

@@ -3,6 +3,7 @@
 from ... import cuda_library
 from ...remembered import remembered
 from . import chunks
+from .chunks import Chunk, Options
 from .record import LossCall
 
 
@@ -10,24 +11,30 @@ def unsupported(call: LossCall) -> str | None:
     return cuda_library.unsupported(call.x.device)
 
 
-def chunk_loss(logits, targets, losses, lse, scale, ignore_index, with_grad) -> None:
-    """See chunks.ChunkLoss."""
-    row_launch(logits, scale, ignore_index, with_grad)(logits, targets, losses, lse, scale)
+def chunk_loss(chunk: Chunk, options: Options) -> None:
+    """See chunks.Chunk and Options."""
+    launch = row_launch(chunk.logits, chunk.scale, *options)
+    launch(*chunk, options.bias, options.class_weight, options.factors)
 
 
 @remembered
-def row_launch(logits, scale, ignore_index, with_grad) -> cuda_library.Launch:
+def row_launch(logits, scale, *options) -> cuda_library.Launch:
+    made = Options(*options)
     rows, vocabulary = logits.shape
     numbers = {
         "rows": rows,
         "stride": logits.stride(0),
         "scale_stride": 0 if scale.ndim == 0 else scale.stride(0),
-        "ignore_index": ignore_index,
+        "ignore_index": made.ignore_index,
         "vocabulary": vocabulary,
         "dtype": cuda_library.DTYPE[logits.dtype],
-        "with_grad": with_grad,
+        "with_grad": made.with_grad,
+        "plain": made.plain,
+        "label_smoothing": made.label_smoothing,
+        "softcap": made.softcap,
+        "temperature": made.temperature,
     }
-    tensors = ("logits", "targets", "losses", "lse", "scale")
+    tensors = (*Chunk._fields, "bias", "class_weight", "factors")
     return cuda_library.Launch("cross_entropy", logits.device, tensors, numbers)
 
 

@@ -1,4 +1,4 @@
-"""What a call of the loss travels as, from the op to the kernels."""
+"""What calls of the loss travel as, from the ops to the kernels."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,15 @@ class LossCall(Record):
     x: Tensor  # (M, d)
     weight: Tensor  # (V, d)
     targets: Tensor  # (M,) int64
-    ignore_index: int
-    reduction: str
-    dtype: torch.dtype  # of the products: kernels get x and weight in it
+    bias: Tensor | None = None  # (V,); kernels get it in float32
+    class_weight: Tensor | None = None  # (V,) float32
+    ignore_index: int = -100
+    reduction: str = "mean"
+    dtype: torch.dtype = torch.float32  # of the products: kernels get x and weight in it
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0  # 0: none
+    temperature: float = 1.0
 
     def traits(self) -> tuple[tuple[str, ...], dict[str, int]]:
         rows, columns = self.x.shape
