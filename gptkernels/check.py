@@ -21,7 +21,7 @@ from .ops.attention import reference as attention_reference
 from .ops.dropout import draw_seed
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.layer_norm import reference as layer_norm_reference
-from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from .ops.linear_cross_entropy import reference as loss_reference
 from .ops.mlp import mlp
 from .ops.mlp import reference as mlp_reference
@@ -191,6 +191,21 @@ def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
                 {"targets": targets},
             )
 
+        options = {"label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0}
+        shapes: Shapes = {"x": (rows, d), "weight": (vocabulary, d), "bias": (vocabulary,)}
+        label = f"{rows} x {d} x {vocabulary}, smoothed, capped, with bias and z-loss"
+        yield Case(
+            label, linear_cross_entropy, loss_reference.linear_cross_entropy, shapes, options, {"targets": targets}
+        )
+
+
+def linear_log_probs_cases(small: bool) -> Iterator[Case]:
+    for rows, d, vocabulary in [(40, 64, 1003)] if small else [(1000, 768, 50257)]:
+        targets = torch.randint(0, vocabulary, (rows,)).tolist()
+        shapes: Shapes = {"x": (rows, d), "weight": (vocabulary, d)}
+        label, options = f"{rows} x {d} x {vocabulary}", {"temperature": 0.7}
+        yield Case(label, linear_log_probs, loss_reference.linear_log_probs, shapes, options, {"targets": targets})
+
 
 def rope_cases(small: bool) -> Iterator[Case]:
     batch, heads, kv_heads, tokens = (2, 3, 1, 9) if small else (2, 32, 8, 4097)
@@ -222,6 +237,7 @@ CASES = {
     "rope": rope_cases,
     "mlp": mlp_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
+    "linear_log_probs": linear_log_probs_cases,
 }
 
 

@@ -25,7 +25,8 @@ TINY = {
     "add_rms_norm": {"M": 37, "N": 48},
     "rope": {"B": 2, "H": 4, "G": 2, "T": 80, "D": 16},
     "mlp": {"M": 21, "N": 16},
-    "linear_cross_entropy": {"M": 21, "N": 16, "V": 101},
+    "linear_cross_entropy": {"M": 21, "N": 16, "V": 101, "C": 5},
+    "linear_log_probs": {"M": 21, "N": 16, "V": 101},
 }
 
 

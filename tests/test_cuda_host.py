@@ -222,12 +222,15 @@ def test_errors_name_the_step_and_what_it_was_given(device):
         launch(x, weight, None, None, None, torch.empty(70, 16).bfloat16())
 
 
+LOSS_TENSORS = ("logits", "targets", "losses", "lse", "scale", "bias", "class_weight", "factors")
+
+
 def test_fields_are_checked_by_name(device):
     q = torch.randn(1, 1, 70, 64).bfloat16()
     with pytest.raises(KeyError, match="more fields"):
         launch_with(q, unknown=1)
     with pytest.raises(KeyError, match="there is no rows"):
-        cuda_library.Launch("cross_entropy", q.device, ("logits", "targets", "losses", "lse", "scale"), {})
+        cuda_library.Launch("cross_entropy", q.device, LOSS_TENSORS, {})
     with pytest.raises(KeyError, match="there is no logits"):
         cuda_library.Launch("cross_entropy", q.device, (), {})
     with pytest.raises(ValueError, match="not the tensors"):

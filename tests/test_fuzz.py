@@ -72,7 +72,12 @@ def good(op) -> dict:
         },
         gk.linear_cross_entropy: {
             **{"x": randn(7, 16), "weight": randn(33, 16), "targets": torch.arange(7) * 4},
-            **{"ignore_index": -100, "reduction": "mean"},
+            **{"ignore_index": -100, "reduction": "mean", "bias": randn(33), "label_smoothing": 0.1, "z_loss": 1e-3},
+            **{"softcap": 5.0, "temperature": 0.7, "class_weight": randn(33).abs(), "return_z_loss": False},
+        },
+        gk.linear_log_probs: {
+            **{"x": randn(7, 16), "weight": randn(33, 16), "targets": torch.arange(7) * 4, "bias": randn(33)},
+            **{"temperature": 0.7},
         },
     }[op]
 
@@ -87,6 +92,7 @@ REFERENCES = {
     gk.decode_attention: attention_reference.decode_attention,
     gk.mlp: mlp_reference.mlp,
     gk.linear_cross_entropy: loss_reference.linear_cross_entropy,
+    gk.linear_log_probs: loss_reference.linear_log_probs,
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool]
 DTYPES += [torch.complex64, torch.uint8, torch.float8_e4m3fn]
@@ -138,7 +144,7 @@ def calls(draw, op):
     arguments = dict(good(op))
     for name in draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
         usual = arguments[name]
-        if isinstance(usual, torch.Tensor) or name in ("key_start", "cu_seqlens", "residual"):
+        if isinstance(usual, torch.Tensor) or name in ("key_start", "cu_seqlens", "residual", "bias", "class_weight"):
             arguments[name] = draw(st.one_of(odd_tensors(usual), odd_tensors(usual), anything))
         else:
             arguments[name] = draw(anything)

@@ -68,7 +68,7 @@ OPTIONS = {
     "z-loss": {"z_loss": 1e-2},
     "softcap": {"softcap": 2.0},
     "class-weight": {},
-    "all": {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap": 3.0},
+    "all": {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap": 3.0, "temperature": 0.6},
 }
 
 
@@ -96,6 +96,7 @@ def test_reference_with_options_is_torch(name, reduction):
     logits = F.linear(**{"input" if name == "x" else name: x for name, x in tensors.items()})
     if "softcap" in kwargs:
         logits = torch.tanh(logits / kwargs["softcap"]) * kwargs["softcap"]
+    logits = logits / kwargs.get("temperature", 1.0)
     smoothing = kwargs.get("label_smoothing", 0.0)
     expected = F.cross_entropy(logits, targets, weights, reduction=reduction, label_smoothing=smoothing)
     squares = kwargs.get("z_loss", 0.0) * logits.logsumexp(1).square().where(targets != -100, 0)
@@ -146,14 +147,16 @@ def test_z_loss_is_returned_without_a_gradient(anywhere, backend):
         plain = gk.linear_cross_entropy(**tensors, targets=targets, reduction=reduction, backend=backend)
         arguments = {**tensors, "targets": targets, "reduction": reduction, "backend": backend, "return_z_loss": True}
         loss, z = gk.linear_cross_entropy(**arguments, z_loss=0.01)
-        assert not z.requires_grad and z.shape == loss.shape
+        assert not z.requires_grad
+        assert z.shape == loss.shape
         torch.testing.assert_close(loss - z, plain)
         logits = tensors["x"] @ tensors["weight"].T
         squares = (0.01 * logits.logsumexp(1).square()).where(targets != -100, 0).detach()
         expected = {"none": squares, "sum": squares.sum(), "mean": squares.sum() / 9}[reduction]
         torch.testing.assert_close(z, expected)
         loss, z = gk.linear_cross_entropy(**arguments)
-        assert bool((z == 0).all()) and z.shape == loss.shape
+        assert bool((z == 0).all())
+        assert z.shape == loss.shape
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -481,6 +484,7 @@ BAD = [
     ({"z_loss": -1e-4}, ValueError, "z_loss must be >= 0"),
     ({"softcap": 0}, ValueError, "softcap must be > 0"),
     ({"softcap": True}, TypeError, "softcap must be a number, not bool"),
+    ({"temperature": 0.0}, ValueError, "temperature must be > 0"),
     ({"return_z_loss": 1}, TypeError, "return_z_loss must be True or False, not 1"),
     ({"backend": "liger"}, ValueError, "backend must be one of"),
     ({"backend": "triton"}, gk.UnsupportedError, "triton: runs on CUDA tensors, not cpu"),

@@ -40,6 +40,17 @@ REPLACED = {
     ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**TOKENS, **DECODER, "head_dim": 16}, {"attention": 2, "loss": 1}),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**TOKENS, **DECODER}, {"attention": 2, "loss": 1}),
+    "granite": (
+        *("GraniteForCausalLM", "GraniteConfig"),
+        *({**TOKENS, **DECODER, "logits_scaling": 3.0}, {"attention": 2, "loss": 1}),
+    ),
+    "cohere": ("CohereForCausalLM", "CohereConfig", {**TOKENS, **DECODER, "logit_scale": 0.3}, {"loss": 1}),
+    "gemma2": (
+        *("Gemma2ForCausalLM", "Gemma2Config"),
+        *({**TOKENS, **DECODER, "head_dim": 16, "final_logit_softcapping": 0.5}, {"loss": 1}),
+    ),
+    "phi": ("PhiForCausalLM", "PhiConfig", {**TOKENS, **DECODER}, {"attention": 2, "loss": 1}),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", {**GPT, "rotary_dim": 8}, {"loss": 1}),
     "gpt_bigcode": ("GPTBigCodeForCausalLM", "GPTBigCodeConfig", GPT, {"attention": 2, "loss": 1}),
 }
 # What is left, and the reason.
@@ -56,14 +67,6 @@ LEFT = {
     ),
     "xglm": ("XGLMForCausalLM", "XGLMConfig", {"attention_heads": 4}, "attention", "it writes its attention out"),
     "xlnet": ("XLNetLMHeadModel", "XLNetConfig", {}, "attention", "it adds relative positions to its scores"),
-    "granite": (
-        "GraniteForCausalLM",
-        "GraniteConfig",
-        {**DECODER, "logits_scaling": 3.0},
-        "loss",
-        "its logits are more",
-    ),
-    "phi": ("PhiForCausalLM", "PhiConfig", DECODER, "loss", "its lm_head has a bias"),
 }
 
 

@@ -9,6 +9,7 @@ Useful work, per pass, whatever a kernel really does (s = bytes per element):
     rope            3 FLOPs per element each way; queries and keys read and written once, their tables read once
     mlp             4 M N F FLOPs forward, 8 M N F backward
     loss            2 M N V FLOPs without gradients, 6 M N V with (they are made in the same pass)
+    log_probs       2 M N V FLOPs forward, 4 M N V backward; nothing of the size of the logits is kept between them
 Bytes: each input is read once, each output and each tensor kept for backward is written once, and read once there.
 """
 
@@ -28,7 +29,7 @@ from ..ops.attention import attention, decode_attention
 from ..ops.attention import reference as attention_reference
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.layer_norm import reference as layer_norm_reference
-from ..ops.linear_cross_entropy import linear_cross_entropy
+from ..ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from ..ops.linear_cross_entropy import reference as loss_reference
 from ..ops.mlp import mlp
 from ..ops.mlp import reference as mlp_reference
@@ -82,9 +83,15 @@ OPS = {
     "linear_cross_entropy": Op(
         linear_cross_entropy,
         loss_reference.linear_cross_entropy,
+        {"M": 4096, "N": 768, "V": 50257, "C": 0},
+        "M rows, N width, V vocabulary, C softcap (none)",
+        ("fwd", "both"),
+    ),
+    "linear_log_probs": Op(
+        linear_log_probs,
+        loss_reference.linear_log_probs,
         {"M": 4096, "N": 768, "V": 50257},
         "M rows, N width, V vocabulary",
-        ("fwd", "both"),
     ),
 }
 
@@ -110,7 +117,7 @@ class Case:
             raise UsageError(f"--shape {unknown[0]} means nothing to {op}, whose dimensions are: {spec.about}")
         full = {**spec.shape, **shape}
         for name, size in full.items():
-            if size < (0 if name in "GWF" else 1):
+            if size < (0 if name in "GWFC" else 1):
                 raise UsageError(f"--shape must have a {name} of at least 1, not {size}")
         if "G" in full:
             full["G"] = full["G"] or full["H"]
@@ -130,7 +137,7 @@ class Case:
     @property
     def label(self) -> str:
         """Such as B1 H12 T2048 D64 W256: what is as it usually is stays out."""
-        usual = {"G": self.shape.get("H"), "W": 0, "F": 4 * self.shape.get("N", 0)}
+        usual = {"G": self.shape.get("H"), "W": 0, "C": 0, "F": 4 * self.shape.get("N", 0)}
         return " ".join(f"{name}{size}" for name, size in self.shape.items() if usual.get(name) != size)
 
     @property
@@ -139,6 +146,8 @@ class Case:
 
     @property
     def kwargs(self) -> dict:
+        if "C" in self.shape:
+            return {"softcap": float(self.shape["C"])} if self.shape["C"] else {}
         return {"window": self.shape["W"] or None} if "W" in self.shape else {}
 
     @property
@@ -196,7 +205,8 @@ class Case:
         return cast(Any, self.spec.function).prepare(**tensors, **self.kwargs)
 
     def outputs_like(self) -> tuple[str, ...]:
-        """The input that each output has the shape and dtype of; "": a float32 number."""
+        """The input that each output has the shape and dtype of, but for integers': those are float32; "": a float32
+        number."""
         return {
             "attention": ("q",),
             "decode_attention": ("q",),
@@ -207,6 +217,7 @@ class Case:
             "rope": ("q", "k"),
             "mlp": ("x",),
             "linear_cross_entropy": ("",),
+            "linear_log_probs": ("targets",),
         }[self.op]
 
     def seen(self) -> int:
@@ -226,6 +237,8 @@ class Case:
             return {"fwd": 4, "bwd": 8, "both": 12}[which] * s["M"] * s["N"] * s["F"]
         if self.op == "linear_cross_entropy":
             return {"fwd": 2, "both": 6}[which] * s["M"] * s["N"] * s["V"]
+        if self.op == "linear_log_probs":
+            return {"fwd": 2, "bwd": 4, "both": 6}[which] * s["M"] * s["N"] * s["V"]
         forward, backward = NORMS[self.op]
         return {"fwd": forward, "bwd": backward, "both": forward + backward}[which] * s["M"] * s["N"]
 

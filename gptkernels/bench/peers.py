@@ -4,6 +4,7 @@ A contender makes, for a case, a function that is called like the op: q, k, v as
 that are not free are part of what is timed. `naive` is what people write first, in the case's dtype.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -87,7 +88,8 @@ def plain(case: Case, device: torch.device) -> Callable:
         "add_rms_norm": plain_add_rms_norm,
         "rope": plain_rope,
         "mlp": plain_mlp,
-        "linear_cross_entropy": plain_loss,
+        "linear_cross_entropy": functools.partial(plain_loss, **case.kwargs),
+        "linear_log_probs": plain_log_probs,
     }
     return plain[case.op]
 
@@ -127,8 +129,14 @@ def plain_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
     return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias), approximate="tanh"), proj_weight, proj_bias)
 
 
-def plain_loss(x, weight, targets):
-    return F.cross_entropy(F.linear(x, weight).float(), targets)
+def plain_loss(x, weight, targets, softcap=None):
+    logits = F.linear(x, weight)
+    logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    return F.cross_entropy(logits.float(), targets)
+
+
+def plain_log_probs(x, weight, targets):
+    return F.linear(x, weight).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def keep_buffers() -> None:
@@ -246,7 +254,8 @@ def liger(case: Case, device: torch.device) -> Callable:
         return functional.liger_fused_add_rms_norm(x, residual, weight, 1e-6, in_place=False)
 
     def loss(x, weight, targets):
-        found = functional.liger_fused_linear_cross_entropy(x, weight, targets, accum_dtype=torch.float32)
+        options = {"accum_dtype": torch.float32, **case.kwargs}
+        found = functional.liger_fused_linear_cross_entropy(x, weight, targets, **options)
         return first_of(found)
 
     ops: dict[str, Callable] = {
@@ -269,6 +278,7 @@ def quack(case: Case, device: torch.device) -> Callable:
 
         return mlp
     if case.op == "linear_cross_entropy":
+        without_softcap(case)
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         return lambda x, weight, targets: chunked_linear_cross_entropy(x, weight, targets, tuned=False)
@@ -319,7 +329,13 @@ def products_only(case: Case, device: torch.device) -> Callable:
 def torch_loss(case: Case, device: torch.device) -> Callable:
     if not hasattr(F, "linear_cross_entropy"):
         raise UnfitError("F.linear_cross_entropy came with torch 2.13")
+    without_softcap(case)
     return lambda x, weight, targets: F.linear_cross_entropy(x, weight, targets)
+
+
+def without_softcap(case: Case) -> None:
+    if case.kwargs:
+        raise UnfitError("it has no softcap")
 
 
 def torch_rms_norm(case: Case, device: torch.device) -> Callable:

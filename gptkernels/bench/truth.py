@@ -26,6 +26,7 @@ ROWS = {
     "add_rms_norm": ("x", "residual"),
     "mlp": ("x",),
     "linear_cross_entropy": ("x", "targets"),
+    "linear_log_probs": ("x", "targets"),
 }
 # What plain PyTorch is, where that is not the reference in the case's dtype.
 PLAIN: dict[str, Callable] = {
@@ -34,7 +35,7 @@ PLAIN: dict[str, Callable] = {
     "rms_norm": plain_rms_norm,
     "add_rms_norm": plain_add_rms_norm,
 }
-WIDEST = {**dict.fromkeys(NORMS, "N"), "mlp": "F", "linear_cross_entropy": "V"}
+WIDEST = {**dict.fromkeys(NORMS, "N"), "mlp": "F", "linear_cross_entropy": "V", "linear_log_probs": "V"}
 
 
 @dataclass
@@ -146,6 +147,7 @@ def reference_results(
 def truth_of(case: Case, tensors: dict[str, Tensor]) -> Truth:
     device = next(iter(tensors.values())).device
     likes = [tensors[name] if name else torch.empty((), device=device) for name in case.outputs_like()]
+    likes = [like if like.is_floating_point() else like.float() for like in likes]
     cotangents = [torch.randn_like(like) if like.ndim else torch.ones_like(like) for like in likes]
     gradients = wants_gradients(case)
     parts = {name: part(case, x) for name, x in tensors.items()}

@@ -1,5 +1,9 @@
 """The loss of a causal language model from its hidden states, without its logits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,8 +36,6 @@ def matches(model: Foreign) -> bool | str:
     known = any(is_a(model, name, "forward") for name in MODELS)
     if not known and not looks_like_one(model):
         return False
-    if model.lm_head.bias is not None:
-        return "its lm_head has a bias, which gptkernels.linear_cross_entropy does not take"
     if not is_plain(model.lm_head):
         return f"its lm_head is a {type(model.lm_head).__name__} with hooks or weights of its own kind"
     return known or difference(model) or True
@@ -59,12 +61,16 @@ def difference(model: Foreign) -> str | None:
         hook = model.lm_head.register_forward_hook(lambda head, arguments, out: seen.append(out))
         try:
             before = model.forward(**given, labels=labels, use_cache=False)
+            with plain_logits(model) as options:
+                plain = model.forward(**given, labels=labels, use_cache=False)
         except Exception as error:
             return f"its loss could not be tried: {type(error).__name__}: {first_line(error)}"
         finally:
             hook.remove()
-        if len(seen) != 1 or not torch.equal(before["logits"].float(), seen[0].float()):
+        if len(seen) != 2 or not torch.equal(plain["logits"].float(), seen[1].float()):
             return "its logits are more than its head's outputs, which gptkernels.linear_cross_entropy does not do"
+        if not is_close(scored(seen[0].float(), **options), before["logits"].float(), model.lm_head.weight.dtype):
+            return "its logits are not its head's outputs as gptkernels.linear_cross_entropy would scale them"
         for module, family in ((model, MODEL), (model.lm_head, HEAD)):
             replace(module, (family,), Settings())
         try:
@@ -73,11 +79,49 @@ def difference(model: Foreign) -> str | None:
         finally:
             for module in (model, model.lm_head):
                 restore(module)
-    expected, found = before["loss"].float(), after["loss"].float()
-    tolerance = TOLERANCE.get(model.lm_head.weight.dtype, 1e-4)
-    if after.get("logits") is not None or (found - expected).abs() > tolerance * expected.abs():
+    same = is_close(after["loss"].float(), before["loss"].float(), model.lm_head.weight.dtype)
+    if after.get("logits") is not None or not same:
         return "its loss is not transformers' usual one of causal language models"
     return None
+
+
+def is_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    return bool((found - expected).abs().max() <= TOLERANCE.get(dtype, 1e-4) * expected.abs().max())
+
+
+# What models do to their head's outputs: whose attribute it is, and its value where it does nothing -> what it is to
+# the loss.
+SOFTCAP, DIVISOR, FACTOR = ("config", "final_logit_softcapping"), ("config", "logits_scaling"), ("model", "logit_scale")
+NEUTRAL = {SOFTCAP: None, DIVISOR: 1.0, FACTOR: 1.0}
+
+
+@contextmanager
+def plain_logits(model: Foreign) -> Iterator[dict[str, Any]]:
+    """Inside, the model's logits are its head's outputs. -> what they were more, as the loss takes it"""
+    changed: list[tuple[Any, str, Any]] = []
+    options: dict[str, Any] = {}
+    for (whose, name), neutral in NEUTRAL.items():
+        owner = model.config if whose == "config" else model
+        value: Any = getattr(owner, name, neutral)
+        if value == neutral or isinstance(value, Tensor):
+            continue
+        changed.append((owner, name, value))
+        if (whose, name) == SOFTCAP:
+            options["softcap"] = value
+        else:
+            options["temperature"] = value if (whose, name) == DIVISOR else 1 / value
+    try:
+        for owner, name, _ in changed:
+            setattr(owner, name, NEUTRAL["config" if owner is model.config else "model", name])
+        yield options
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+
+
+def scored(logits: Tensor, softcap: float | None = None, temperature: float = 1.0) -> Tensor:
+    capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    return capped / temperature
 
 
 def model_forward(model: Foreign, *args, labels: Tensor | None = None, **kwargs):
@@ -86,11 +130,13 @@ def model_forward(model: Foreign, *args, labels: Tensor | None = None, **kwargs)
         return original(model, "forward")(*args, labels=labels, **kwargs)
     names = ("num_items_in_batch", "ignore_index", "shift_labels")
     # The head gives the loss in the place of the logits, so that whatever wraps the head (such as FSDP) still does.
-    model.lm_head.loss_arguments = {"labels": labels, **{name: kwargs[name] for name in names if name in kwargs}}
-    try:
-        outputs = original(model, "forward")(*args, **kwargs)
-    finally:
-        del model.lm_head.loss_arguments
+    arguments = {"labels": labels, **{name: kwargs[name] for name in names if name in kwargs}}
+    with plain_logits(model) as options:
+        model.lm_head.loss_arguments = {**arguments, **options}
+        try:
+            outputs = original(model, "forward")(*args, **kwargs)
+        finally:
+            del model.lm_head.loss_arguments
     if isinstance(outputs, tuple):
         return outputs
     return type(outputs)(**{**outputs, "loss": outputs["logits"], "logits": None})
@@ -119,7 +165,7 @@ def head_forward(head: Foreign, x: Tensor) -> Tensor:
     arguments = vars(head).get("loss_arguments")
     if arguments is None:
         return original(head, "forward")(x)
-    return shifted_loss(x, head.weight, backend=settings_of(head).backend, **arguments)
+    return shifted_loss(x, head.weight, bias=head.bias, backend=settings_of(head).backend, **arguments)
 
 
 def shifted_loss(
@@ -130,14 +176,15 @@ def shifted_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: Tensor | None = None,
-    backend: str = "auto",
+    **options,
 ) -> Tensor:
-    """transformers' loss of a causal language model. x: (B, T, d), weight: (V, d), labels, shift_labels: (B, T)"""
+    """transformers' loss of a causal language model. x: (B, T, d), weight: (V, d), labels, shift_labels: (B, T),
+    options: of linear_cross_entropy"""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.to(x.device).view(x.shape[:-1])
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction, backend=backend)
+    loss = linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, reduction=reduction, **options)
     if num_items_in_batch is None:
         return loss
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)

@@ -30,6 +30,8 @@ def case_of(op: str, call: Any) -> Case:
         shape = {"B": batch, "H": heads, "G": kv_heads, "T": tokens, "D": size}
     else:
         _, shape = call.traits()
+        if op == "linear_cross_entropy":
+            shape["C"] = round(call.softcap)
     return Case.of(op, dtype_name(call.first), **shape)
 
 

@@ -1,5 +1,7 @@
 """The loss of a language model straight from the hidden states: cross-entropy of x @ weight.T, without its logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,15 +30,17 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     class_weight: Tensor | None = None,
     return_z_loss: bool = False,
     backend: str = "auto",
-) -> Call[Tensor | tuple[Tensor, Tensor]]:
+) -> Call[Any]:
     """F.cross_entropy(x @ weight.T + bias, targets) in float32, a few rows of logits at a time.
 
     x: (..., d), weight: (V, d), targets: (...) int64 -> () or, with reduction="none", (...), float32.
     bias: (V,), in x's dtype or float32; added in float32.
-    softcap: the logits become softcap * tanh(logits / softcap), as Gemma 2's do.
+    softcap, temperature: the logits become softcap * tanh(logits / softcap), as Gemma 2's do, and are divided by the
+        temperature.
     class_weight, label_smoothing: as F.cross_entropy's; a "mean" is over the targets' weights. class_weight: (V,)
         without a gradient, taken in float32.
     z_loss: adds z_loss * logsumexp(logits)^2 of each row that is not ignored, whose "mean" is over those rows. With
@@ -61,14 +65,16 @@ def linear_cross_entropy(
         checks.check_number("z_loss", z_loss, at_least=0, below=float("inf"))
         if softcap is not None:
             checks.check_number("softcap", softcap, above=0, below=float("inf"))
+        checks.check_number("temperature", temperature, above=0, below=float("inf"))
         if not isinstance(return_z_loss, bool):
             raise TypeError(f"return_z_loss must be True or False, not {return_z_loss!r}")
 
     def record():
         weights = None if class_weight is None else class_weight.detach().float().contiguous()
         dtype = autocast_dtype(x.device) or x.dtype
-        options = ignore_index, reduction, dtype, float(label_smoothing), float(z_loss), float(softcap or 0)
-        return LossCall(*in_rows(x, weight, targets, bias), weights, *options)
+        smoothing, of_squares, cap = float(label_smoothing), float(z_loss), float(softcap or 0)
+        rows = in_rows(x, weight, targets, bias)
+        return LossCall(*rows, weights, ignore_index, reduction, dtype, smoothing, of_squares, cap, float(temperature))
 
     def run(kernels, call):
         loss, z = apply(LinearCrossEntropyFunction, kernels, call.key, *call.flat())
@@ -102,8 +108,9 @@ def linear_log_probs(
         checks.check_number("temperature", temperature, above=0, below=float("inf"))
 
     def record():
-        options = -100, "none", autocast_dtype(x.device) or x.dtype, 0.0, 0.0, 0.0, float(temperature)
-        return LossCall(*in_rows(x, weight, targets, bias), None, *options)
+        dtype = autocast_dtype(x.device) or x.dtype
+        rows = in_rows(x, weight, targets, bias)
+        return LossCall(*rows, reduction="none", dtype=dtype, temperature=float(temperature))
 
     def run(kernels, call):
         losses, _ = apply(LinearCrossEntropyFunction, kernels, call.key, *call.flat())

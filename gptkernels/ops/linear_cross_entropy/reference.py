@@ -15,12 +15,13 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     class_weight: Tensor | None = None,
     return_z_loss: bool = False,
 ):
-    """x: (..., d), weight: (V, d), bias, class_weight: (V,), targets: (...) int64 -> (), or (...) with reduction="none";
-    with return_z_loss also what z_loss adds to it"""
-    logits = logits_of(x, weight, bias, softcap)
+    """x: (..., d), weight: (V, d), bias, class_weight: (V,), targets: (...) int64 -> (), or (...) for "none"; with
+    return_z_loss also what z_loss adds to it"""
+    logits = logits_of(x, weight, bias, softcap) / temperature
     counted = targets != ignore_index
     right = targets.where(counted, 0)
     counts_for = logits.new_ones(weight.shape[0]) if class_weight is None else class_weight.to(logits.dtype)
