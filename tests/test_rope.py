@@ -10,7 +10,7 @@ from parity import assert_parity
 import gptkernels as gk
 from gptkernels import simulator
 from gptkernels.ops.rope import reference, triton_kernels
-from gptkernels.ops.rope.record import RopeCall
+from gptkernels.ops.rope.record import NormRopeCall, RopeCall
 
 BACKENDS = ["eager", "triton"]
 # head size, rotated, columns of the tables, interleaved
@@ -91,6 +91,118 @@ def test_expanded_gradients(anywhere, backend):
     assert not grads[1].any()
 
 
+def normed(where, size, columns, dtype, **sizes):
+    """-> tensors, cos, sin with weights of QK-norm among the tensors, that of k in float32 where others are shorter"""
+    tensors, cos, sin = make(where, size, columns, dtype, **sizes)
+    for name, kind in (("q_norm", dtype), ("k_norm", torch.float32)):
+        tensors[name] = (1 + torch.randn(size) / 4).to(where.device, kind).requires_grad_()
+    return tensors, cos, sin
+
+
+def assert_norm_parity(where, tensors, cos, sin, backend, **options):
+    dtype = tensors["q"].dtype
+    on_device = cos.to(where.device), sin.to(where.device)
+
+    def op(q, k, q_norm, k_norm):
+        return gk.rope(q, k, *on_device, q_norm=q_norm, k_norm=k_norm, backend=backend, **options)
+
+    def true(q, k, q_norm, k_norm):
+        return reference.rope(q, k, cos.to(dtype), sin.to(dtype), q_norm=q_norm, k_norm=k_norm, **options)
+
+    return assert_parity(op, true, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_parity(anywhere, backend, layout, dtype):
+    anywhere.require(backend)
+    size, rotated, columns, interleaved = layout
+    tensors, cos, sin = normed(anywhere, size, columns, dtype)
+    options = {"rotary_dim": rotated, "interleaved": interleaved, "eps": 1e-3}
+    if interleaved:
+        options |= {"offset": 1.0, "cast": "gemma"}
+    assert_norm_parity(anywhere, tensors, cos, sin, backend, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_many_rows(anywhere, backend):
+    """Programs of the backward pass that go on over rows, some with none of k's; expanded gradients; no rows."""
+    anywhere.require(backend)
+    for sizes in ({"tokens": 900, "batch": 1, "heads": 8}, {"heads": 1, "kv_heads": 3}):
+        tensors, cos, sin = normed(anywhere, 32, 16, torch.bfloat16, tables=(sizes.get("tokens", 7),), **sizes)
+        assert_norm_parity(anywhere, tensors, cos, sin, backend, rotary_dim=32)
+    tensors, cos, sin = normed(anywhere, 16, 16, torch.float32)
+    tables = cos.to(anywhere.device), sin.to(anywhere.device)
+    out = gk.rope(tensors["q"], tensors["k"], *tables, q_norm=tensors["q_norm"], k_norm=tensors["k_norm"])
+    grads = torch.autograd.grad(out[0].sum(), tensors.values())
+    truth = torch.autograd.grad(
+        reference.rope(cos=tables[0], sin=tables[1], **tensors)[0].sum(), (tensors["q"], tensors["q_norm"])
+    )
+    torch.testing.assert_close((grads[0], grads[2]), truth)
+    assert not grads[1].any()
+    assert not grads[3].any()
+    q = tensors["q"].detach()[:0]
+    norms = {name: tensors[name] for name in ("q_norm", "k_norm")}
+    out, _ = gk.rope(q, q, tables[0][:0], tables[1][:0], backend=backend, **norms)
+    (grad,) = torch.autograd.grad(out.sum(), norms["q_norm"])
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_compile_and_opcheck(anywhere, backend):
+    anywhere.require(backend)
+    torch._dynamo.reset()
+    tensors, cos, sin = normed(anywhere, 16, 8, torch.bfloat16)
+    cos, sin = cos.to(anywhere.device), sin.to(anywhere.device)
+
+    def block(q, k, q_norm, k_norm):
+        one, two = gk.rope(q * 2, k, cos, sin, rotary_dim=16, q_norm=q_norm, k_norm=k_norm, backend=backend)
+        return one.sum() + two.float().square().sum()
+
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        out = function(**tensors)
+        results.append((out, *torch.autograd.grad(out, tensors.values())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    q, k, q_norm, k_norm = (x.detach() for x in tensors.values())
+    module = triton_kernels if backend == "triton" else pytest.importorskip("gptkernels.ops.rope.eager")
+    call = NormRopeCall(q, k, cos, sin, q_norm, k_norm, 16, False, 1e-6, 0.0, True)
+    torch.library.opcheck(module.rope_norm_fwd.torch_op, call.flat())
+    rstds = torch.rand(2, 3, 7, device=q.device), torch.rand(2, 1, 7, device=q.device)
+    torch.library.opcheck(module.rope_norm_bwd.torch_op, (*call.flat(), q, k, *rstds))
+
+
+def test_norms_are_qwen_s_and_gemma_s():
+    """The very bits of the modules on a CPU, in bfloat16."""
+    qwen = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    q, k = torch.randn(2, 3, 5, 16).bfloat16(), torch.randn(2, 1, 5, 16).bfloat16()
+    angles = torch.rand(2, 5, 8)
+    cos, sin = (torch.cat((t, t), -1).bfloat16() for t in (angles.cos(), angles.sin()))
+    for norm, options in (
+        (qwen.Qwen3RMSNorm(16), {}),
+        (gemma.Gemma3RMSNorm(16), {"offset": 1.0, "cast": "gemma"}),
+    ):
+        norm = norm.bfloat16()
+        torch.nn.init.normal_(norm.weight)
+        truth = qwen.apply_rotary_pos_emb(norm(q), norm(k), cos, sin)
+        found = gk.rope(q, k, cos, sin, q_norm=norm.weight, k_norm=norm.weight, eps=1e-6, **options)
+        normed = gk.rope(norm(q), norm(k), cos, sin)
+        for a, b, c in zip(found, normed, truth, strict=True):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, c, atol=2e-2, rtol=2e-2)  # which rounds between products and sum
+
+
+def test_norms_double_backward_is_an_error():
+    q, cos, sin = torch.randn(1, 2, 3, 8, requires_grad=True), *torch.randn(2, 3, 8)
+    out = gk.rope(q, q, cos, sin, q_norm=torch.ones(8), k_norm=torch.ones(8))[0].sin().sum()
+    (grad,) = torch.autograd.grad(out, q, create_graph=True)
+    with pytest.raises(gk.UnsupportedError, match="rope: double backward"):
+        grad.sum().backward()
+
+
 def test_it_is_transformers_rope():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     gpt_j = pytest.importorskip("transformers.models.gptj.modeling_gptj")
@@ -164,6 +276,11 @@ def test_compile_and_opcheck(anywhere, backend):
         ({"rotary_dim": 4}, ValueError, "cos must have 4 or 2 columns"),
         ({"rotary_dim": 8.0}, TypeError, "rotary_dim must be None or an int"),
         ({"cos": torch.randn(5, 10), "sin": torch.randn(5, 10)}, ValueError, "cos must have a last dimension"),
+        ({"q_norm": torch.ones(8)}, TypeError, "q_norm and k_norm must be given both, or neither"),
+        ({"q_norm": torch.ones(8), "k_norm": torch.ones(4)}, ValueError, r"k_norm must have shape \(8,\)"),
+        ({"q_norm": torch.ones(8).half(), "k_norm": torch.ones(8)}, TypeError, "q_norm must be float32"),
+        ({"q_norm": torch.ones(8), "k_norm": torch.ones(8), "eps": 0}, ValueError, "eps must be > 0"),
+        ({"q_norm": torch.ones(8), "k_norm": torch.ones(8), "cast": "t5"}, ValueError, "cast must be one of"),
         ({"interleaved": 1}, TypeError, "interleaved must be True or False"),
         ({"backend": "cuda"}, gk.UnsupportedError, "rope has no such kernels"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
@@ -183,6 +300,11 @@ def test_code(arch):
     with compiled_launches(arch) as launches:
         for transposed in (False, True):
             triton_kernels.rope_fwd(RopeCall(q, k, table, table, 128, False, transposed))
+        weight = torch.ones(128).bfloat16()
+        call = NormRopeCall(q, k, table, table, weight, weight, 128, False, 1e-6, 0.0, True)
+        _, _, *rstds = triton_kernels.rope_norm_fwd(call)
+        triton_kernels.rope_norm_bwd(call, q, k, *rstds)
+    assert len(launches) == 4
     for compiled in launches:
         assert_within_limits(compiled)
         assert compiled.machine_code.count(r"LDG\.E\.128") >= 4

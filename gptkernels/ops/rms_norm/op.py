@@ -92,11 +92,11 @@ def add_rms_norm(
     return Call("add_rms_norm", BACKENDS, backend, check, record, run)
 
 
-def check_weight(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: str) -> None:
+def check_weight(x: Tensor, weight: Tensor | None, eps, offset, cast, name: str = "weight") -> None:
     checks.check_number("offset", offset, above=-math.inf)
     if weight is not None:
-        checks.check_tensor("weight", weight, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
-        checks.check_shape("weight", weight, x.shape[-1:], "x's last dimension")
+        checks.check_tensor(name, weight, dtypes=(*dict.fromkeys((x.dtype, torch.float32)),), device=x.device)
+        checks.check_shape(name, weight, x.shape[-1:], "x's last dimension")
     elif offset:
         raise ValueError(f"offset must be 0 without a weight, not {offset}")
     checks.check_number("eps", eps, above=0)

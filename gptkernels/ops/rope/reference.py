@@ -3,11 +3,27 @@
 import torch
 from torch import Tensor
 
+from ..rms_norm.reference import rms_norm
+
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, rotary_dim: int | None = None, interleaved: bool = False
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    cast: str = "llama",
 ) -> tuple[Tensor, Tensor]:
-    """q: (B, H, T, D), k: (B, Hkv, T, D), cos, sin: (T, W) or (B, T, W) -> q, k rotated"""
+    """q: (B, H, T, D), k: (B, Hkv, T, D), cos, sin: (T, W) or (B, T, W), q_norm, k_norm: (D,) -> q, k rotated, after
+    RMSNorms of their heads where those have weights"""
+    if q_norm is not None:
+        q, k = (rms_norm(x, w, eps=eps, offset=offset, cast=cast) for x, w in ((q, q_norm), (k, k_norm)))
     size = cos.shape[-1] if rotary_dim is None else rotary_dim
     # One angle for each pair of dimensions, which the tables may give once or for either of them.
     of_pairs = [halves(t, interleaved) if t.shape[-1] == size else (t, t) for t in (cos, sin)]

@@ -1,99 +1,24 @@
-"""The rotation in Triton: a program has some tokens of some heads, of the queries or of the keys."""
+"""The rotation in Triton, alone or after RMSNorms of the heads: the launchers."""
 
+import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ... import hardware
 from ...remembered import remembered
 from ...torch_library import torch_op
 from ...triton_calls import Launch
-from .outputs import fwd_outputs
-from .record import RopeCall
+from .outputs import fwd_outputs, norm_bwd_outputs, norm_fwd_outputs
+from .record import NormRopeCall, RopeCall
+from .triton_heads import rope_fwd_kernel, rope_norm_bwd_kernel
 
 # Elements of a program's tile: two 16-byte loads of either half by each of 128 threads are under way.
 TILE, WARPS = 2048, 4
+# Of the backward pass with norms, whose programs go on over rows: what fills a GPU.
+PROGRAMS_PER_SM = 4
 
 
-@triton.jit
-def rope_fwd_kernel(
-    q_ptr,  # (B, H, T, D)
-    k_ptr,  # (B, Hkv, T, D)
-    cos_ptr,  # (T, W) or (B, T, W)
-    sin_ptr,
-    q_out_ptr,  # as q
-    k_out_ptr,  # as k
-    q_heads,
-    k_heads,
-    tokens,
-    q_rows,  # B * H * T
-    k_rows,
-    q_stride_b,
-    q_stride_h,
-    q_stride_t,
-    k_stride_b,
-    k_stride_h,
-    k_stride_t,
-    q_out_stride_b,
-    q_out_stride_h,
-    q_out_stride_t,
-    k_out_stride_b,
-    k_out_stride_h,
-    k_out_stride_t,
-    cos_stride_b,  # 0: the same for every row of the batch
-    cos_stride_t,
-    sin_stride_b,
-    sin_stride_t,
-    D: tl.constexpr,
-    R: tl.constexpr,  # of which are rotated
-    WHOLE: tl.constexpr,  # cos and sin have R columns, else R / 2
-    INTERLEAVED: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # of R / 2
-    BLOCK_REST: tl.constexpr,  # of D - R
-):
-    # Heads of a token follow each other: their tables are in a cache, and in memory they are often neighbours.
-    if tl.program_id(1) == 0:
-        x_ptr, out_ptr, heads, rows = q_ptr, q_out_ptr, q_heads, q_rows
-        stride_b, stride_h, stride_t = q_stride_b.to(tl.int64), q_stride_h.to(tl.int64), q_stride_t.to(tl.int64)
-        out_b, out_h, out_t = q_out_stride_b.to(tl.int64), q_out_stride_h.to(tl.int64), q_out_stride_t.to(tl.int64)
-    else:
-        x_ptr, out_ptr, heads, rows = k_ptr, k_out_ptr, k_heads, k_rows
-        stride_b, stride_h, stride_t = k_stride_b.to(tl.int64), k_stride_h.to(tl.int64), k_stride_t.to(tl.int64)
-        out_b, out_h, out_t = k_out_stride_b.to(tl.int64), k_out_stride_h.to(tl.int64), k_out_stride_t.to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    b, t, h = row // heads // tokens, row // heads % tokens, row % heads
-    x_ptr += b * stride_b + h * stride_h + t * stride_t
-    out_ptr += b * out_b + h * out_h + t * out_t
-    cos_ptr += b * cos_stride_b + t * cos_stride_t
-    sin_ptr += b * sin_stride_b + t * sin_stride_t
-
-    pair = tl.arange(0, BLOCK_R)[None, :]
-    mask = (row < rows) & (pair < R // 2)
-    first, second = (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, pair + R // 2)
-    dtype = x_ptr.dtype.element_ty
-    x_1 = tl.load(x_ptr + first, mask=mask, other=0.0).to(tl.float32)
-    x_2 = tl.load(x_ptr + second, mask=mask, other=0.0).to(tl.float32)
-    cos_1 = tl.load(cos_ptr + (first if WHOLE else pair), mask=mask, other=0.0).to(dtype).to(tl.float32)
-    sin_1 = tl.load(sin_ptr + (first if WHOLE else pair), mask=mask, other=0.0).to(dtype).to(tl.float32)
-    cos_2, sin_2 = cos_1, sin_1
-    if WHOLE:
-        cos_2 = tl.load(cos_ptr + second, mask=mask, other=0.0).to(dtype).to(tl.float32)
-        sin_2 = tl.load(sin_ptr + second, mask=mask, other=0.0).to(dtype).to(tl.float32)
-    if TRANSPOSED:
-        y_1, y_2 = x_1 * cos_1 + x_2 * sin_2, x_2 * cos_2 - x_1 * sin_1
-    else:
-        y_1, y_2 = x_1 * cos_1 - x_2 * sin_1, x_2 * cos_2 + x_1 * sin_2
-    tl.store(out_ptr + first, y_1.to(dtype), mask=mask)
-    tl.store(out_ptr + second, y_2.to(dtype), mask=mask)
-    if BLOCK_REST > 0:
-        column = R + tl.arange(0, BLOCK_REST)[None, :]
-        mask = (row < rows) & (column < D)
-        tl.store(out_ptr + column, tl.load(x_ptr + column, mask=mask, other=0.0), mask=mask)
-
-
-def unsupported(call: RopeCall) -> str | None:
+def unsupported(call: RopeCall | NormRopeCall) -> str | None:
     return hardware.triton_unsupported(call.q.device)
 
 
@@ -105,30 +30,90 @@ def rope_fwd(call: RopeCall) -> tuple[Tensor, Tensor]:
         return q, k
     launch = fwd_launch(call, outputs=(q, k))
     with hardware.on_device(q.device):
-        launch(call.q, call.k, call.cos, call.sin, q, k)
+        launch(call.q, call.k, call.cos, call.sin, q, k, q, k, q, k)  # without norms these are not touched
     return q, k
+
+
+@torch_op(fake=norm_fwd_outputs)
+def rope_norm_fwd(call: NormRopeCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> q, k normalised and rotated, in their memory order, and 1 / rms of each head"""
+    q, k, q_rstd, k_rstd = outputs = norm_fwd_outputs(call)
+    if q.numel() + k.numel() == 0:
+        return outputs
+    launch = norm_fwd_launch(call, outputs=(q, k))
+    with hardware.on_device(q.device):
+        launch(call.q, call.k, call.cos, call.sin, q, k, *norms_alike(call), q_rstd, k_rstd)
+    return outputs
+
+
+@torch_op(fake=norm_bwd_outputs)
+def rope_norm_bwd(
+    call: NormRopeCall, dq: Tensor, dk: Tensor, q_rstd: Tensor, k_rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of q, k, q_norm, k_norm"""
+    grad_q, grad_k, grad_q_norm, grad_k_norm = grads = norm_bwd_outputs(call, dq, dk, q_rstd, k_rstd)
+    if dq.numel() + dk.numel() == 0:
+        grad_q_norm.zero_(), grad_k_norm.zero_()
+        return grads
+    programs, launch = norm_bwd_launch(call, dq, dk, grads=(grad_q, grad_k))
+    partials = torch.empty((2, programs, dq.shape[-1]), dtype=torch.float32, device=dq.device)
+    with hardware.on_device(dq.device):
+        tensors = call.q, call.k, call.cos, call.sin, grad_q, grad_k, *norms_alike(call), q_rstd, k_rstd
+        launch(*tensors, dq, dk, partials)
+    for grad, sums in zip((grad_q_norm, grad_k_norm), partials.sum(1), strict=True):
+        grad.copy_(sums)
+    return grads
+
+
+def norms_alike(call: NormRopeCall) -> tuple[Tensor, Tensor]:
+    """The norms' weights in one dtype, as the kernels choose between them"""
+    if call.q_norm.dtype == call.k_norm.dtype:
+        return call.q_norm, call.k_norm
+    return call.q_norm.float(), call.k_norm.float()
 
 
 @remembered
 def fwd_launch(call: RopeCall, outputs: tuple[Tensor, Tensor]) -> Launch:
+    rows, sizes, constants = shared_arguments(call, outputs)
+    programs = triton.cdiv(rows, constants["ROWS"])
+    flags = {"TRANSPOSED": call.transposed, "NORMED": False, "CAST_FIRST": False}
+    return Launch(rope_fwd_kernel, (programs, 2), (*sizes, 0.0, 0.0), **constants, **flags)
+
+
+@remembered
+def norm_fwd_launch(call: NormRopeCall, outputs: tuple[Tensor, Tensor]) -> Launch:
+    rows, sizes, constants = shared_arguments(call.rope(), outputs)
+    programs = triton.cdiv(rows, constants["ROWS"])
+    flags = {"TRANSPOSED": False, "NORMED": True, "CAST_FIRST": call.cast_first}
+    return Launch(rope_fwd_kernel, (programs, 2), (*sizes, call.eps, call.offset), **constants, **flags)
+
+
+@remembered
+def norm_bwd_launch(call: NormRopeCall, dq: Tensor, dk: Tensor, grads: tuple[Tensor, Tensor]) -> tuple[int, Launch]:
+    """-> the number of its programs, each with a row of partial sums for either norm's weight"""
+    rows, sizes, constants = shared_arguments(call.rope(), grads)
+    programs = min(triton.cdiv(rows, constants["ROWS"]), PROGRAMS_PER_SM * hardware.sm_count(dq.device))
+    steps = [step for x in (dq, dk) for step in x.stride()[:3]]
+    flags = {"CAST_FIRST": call.cast_first}
+    return programs, Launch(rope_norm_bwd_kernel, (programs, 2), (*sizes, call.offset, *steps), **constants, **flags)
+
+
+def shared_arguments(call: RopeCall, outputs: tuple[Tensor, Tensor]) -> tuple[int, tuple[int, ...], dict]:
+    """-> the most rows of q or k, sizes and strides, constants"""
     q, k, size, rotated = call.q, call.k, call.q.shape[-1], call.rotated
     rows = [x.shape[0] * x.shape[1] * x.shape[2] for x in (q, k)]
     block, rest = triton.next_power_of_2(rotated // 2), size - rotated
     through = triton.next_power_of_2(rest) if rest else 0
-    together = max(1, TILE // max(2 * block, through))
     steps = [step for x in (q, k, *outputs) for step in x.stride()[:3]]
     steps += [step for t in (call.cos, call.sin) for step in (0 if t.ndim == 2 else t.stride(0), t.stride(-2))]
-    return Launch(
-        rope_fwd_kernel,
-        (triton.cdiv(max(rows), together), 2),
-        (q.shape[1], k.shape[1], q.shape[2], *rows, *steps),
-        D=size,
-        R=rotated,
-        WHOLE=call.cos.shape[-1] == rotated,
-        INTERLEAVED=call.interleaved,
-        TRANSPOSED=call.transposed,
-        ROWS=together,
-        BLOCK_R=block,
-        BLOCK_REST=through,
-        num_warps=WARPS,
-    )
+    constants = {
+        "D": size,
+        "R": rotated,
+        "WHOLE": call.cos.shape[-1] == rotated,
+        "INTERLEAVED": call.interleaved,
+        "ROWS": max(1, TILE // max(2 * block, through)),
+        "BLOCK_R": block,
+        "BLOCK_REST": through,
+        "num_warps": WARPS,
+    }
+    return max(rows), (q.shape[1], k.shape[1], q.shape[2], *rows, *steps), constants
