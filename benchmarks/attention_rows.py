@@ -21,6 +21,7 @@ from gptkernels import remembered
 from gptkernels.launch import ARCHS, shipped
 from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.record import AttentionCall
+from gptkernels.ops.attention.visibility import sides
 
 KERNELS = {"fwd": "attention_fwd_kernel", "dq": "attention_bwd_dq_kernel", "dkdv": "attention_bwd_dkdv_kernel"}
 # A head size of each row; 40, 80 and 160 are kept in two parts.
@@ -67,7 +68,8 @@ def runs(kernel: str, head_size: int, dtype: torch.dtype, device: str, tokens: i
         q, k, v, dout = (x[:, :1].expand_as(x) for x in (q, k, v, dout))
     lse = torch.randn(1, 16, tokens, device=device)
     for window in WINDOWS:
-        call = AttentionCall(q, k, v, window=window, scale=head_size**-0.5)
+        left, right = sides(True, window)
+        call = AttentionCall(q, k, v, left=left, right=right, scale=head_size**-0.5)
         if kernel == "fwd":
             yield functools.partial(triton_kernels.attention_fwd, call)
         else:

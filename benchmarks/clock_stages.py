@@ -16,6 +16,7 @@ from ptxemu.timing.units import SMS  # noqa: E402
 
 from gptkernels.ops.attention import cuda_kernels, triton_kernels, triton_launch  # noqa: E402
 from gptkernels.ops.attention.record import AttentionCall  # noqa: E402
+from gptkernels.ops.attention.visibility import sides  # noqa: E402
 from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
 from gptkernels.ops.layer_norm.record import LayerNormCall  # noqa: E402
 from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
@@ -52,7 +53,8 @@ def attention_launches(
 ) -> list[timing.Recorded]:
     q, k, v, out, dout = (torch.randn(1, heads, tokens, head_dim, dtype=BF16) for _ in range(5))
     module = cuda_kernels if backend == "cuda" else triton_kernels
-    call = AttentionCall(q, k, v, causal=causal, window=window, scale=head_dim**-0.5)
+    left, right = sides(causal, window)
+    call = AttentionCall(q, k, v, left=left, right=right, scale=head_dim**-0.5)
     if not backward:
         return launches_of(lambda: module.attention_fwd(call))
     lse = torch.full((1, heads, tokens), 3.0)

@@ -1,6 +1,9 @@
 """What a call travels as from its op to the kernels: one record of tensors and options."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TypeVar
 
 import torch
@@ -21,11 +24,18 @@ class Record:
 
     def flat(self) -> tuple:
         """The fields' values, of which `type(self)(*values)` makes a record again"""
-        return tuple([getattr(self, name) for name in self.__slots__])
+        if torch.compiler.is_compiling():
+            return tuple([getattr(self, name) for name in self.__slots__])
+        return fields_of(type(self))(self)
 
     def traits(self) -> tuple[tuple[str, ...], dict[str, int]]:
         """-> what is the same, beside the dtype, and sizes that differ little in calls that are tuned together"""
         raise NotImplementedError
+
+
+@functools.cache
+def fields_of(kind: type[Record]) -> Callable[[Record], tuple]:
+    return attrgetter(*kind.__slots__)
 
 
 R = TypeVar("R", bound=Record)

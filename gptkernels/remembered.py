@@ -77,6 +77,10 @@ def likeness(values: Iterable) -> tuple | None:
                 append(value.key or likeness(value.flat()))
                 if key[-1] is None:
                     return None
+            elif kind is tuple:  # a pair of numbers
+                append(likeness(value))
+                if key[-1] is None:
+                    return None
             else:
                 return None
     except RuntimeError:  # a tensor without strides or an address

@@ -17,6 +17,7 @@ STARTS = torch.tensor([0, 2], dtype=INT)
 TOKEN = torch.randn(2, 4, 1, 32)
 CACHE = torch.randn(2, 2, 8, 32)
 LENGTHS = torch.tensor([3, 8], dtype=INT)
+SINKS = torch.ones(4)
 SPARSE = torch.eye(32).to_sparse()
 
 
@@ -71,9 +72,49 @@ CASES = [
     (dense, {"causal": None}, TypeError, "causal must be True or False, not None"),
     (dense, {"window": 0}, ValueError, r"window must be at least 1 \(a query sees itself\), not 0; None sees all"),
     (dense, {"window": -1}, ValueError, "window must be at least 1 .* not -1"),
-    (dense, {"window": 4.0}, TypeError, "window must be None or an int, the number of keys seen, not 4.0"),
+    (dense, {"window": 4.0}, TypeError, "window must be None or an int, the number of keys seen, or a pair .* not 4.0"),
     (dense, {"window": True}, TypeError, "window must be None or an int, .* not True"),
-    (dense, {"window": (4, 0)}, TypeError, r"window must be None or an int, .* not \(4, 0\)"),
+    (dense, {"window": [4, 0]}, TypeError, r"window must be None or an int, .* pair \(left, right\), not \[4, 0\]"),
+    (dense, {"window": (4,)}, TypeError, r"window must be a pair \(left, right\) of ints or None, .* not \(4,\)"),
+    (dense, {"window": (4, 0.0)}, TypeError, r"window must be a pair .* not \(4, 0.0\)"),
+    (dense, {"window": (True, 0)}, TypeError, r"window must be a pair .* not \(True, 0\)"),
+    (dense, {"window": (-2, 0)}, ValueError, r"window must be a pair of at least 0, or -1 or None .* not \(-2, 0\)"),
+    (
+        dense,
+        {"window": (4, 1)},
+        ValueError,
+        r"window must have 0, -1 or None on the right with causal=True, not \(4, 1",
+    ),
+    (decode, {"window": (4, 0)}, TypeError, r"window must be None or an int, the number of keys seen, not \(4, 0\)"),
+    (dense, {"softcap": 0}, ValueError, "softcap must be > 0, not 0"),
+    (dense, {"softcap": -3.0}, ValueError, "softcap must be > 0, not -3.0"),
+    (dense, {"softcap": "50"}, TypeError, "softcap must be a number, not str"),
+    (dense, {"return_lse": 1}, TypeError, "return_lse must be True or False, not 1"),
+    (dense, {"sinks": 1.0}, TypeError, "sinks must be a tensor, not float"),
+    (dense, {"sinks": SINKS.half()}, TypeError, "sinks must be float32, not float16"),
+    (dense, {"sinks": SINKS[:3]}, ValueError, r"sinks must have shape \(4,\) \(q's heads\), not \(3,\)"),
+    (dense, {"sinks": SINKS[None]}, ValueError, r"sinks must have 1 dimension, not shape \(1, 4\)"),
+    (dense, {"sinks": SINKS.to("meta")}, ValueError, "sinks must be on cpu .* not on meta"),
+    (dense, {"alibi_slopes": 0.5}, TypeError, "alibi_slopes must be a tensor, not float"),
+    (dense, {"alibi_slopes": SINKS.half()}, TypeError, "alibi_slopes must be float32, not float16"),
+    (dense, {"alibi_slopes": SINKS[:3]}, ValueError, r"alibi_slopes must have shape \(4,\) or \(2, 4\) .* not \(3,\)"),
+    (dense, {"alibi_slopes": torch.ones(3, 4)}, ValueError, r"alibi_slopes must have shape .* not \(3, 4\)"),
+    (dense, {"alibi_slopes": SINKS.clone().requires_grad_()}, ValueError, "alibi_slopes must not require gradients"),
+    (dense, {"cu_seqlens_k": STARTS}, ValueError, "cu_seqlens_k must be None without cu_seqlens"),
+    (packed, {"cu_seqlens_k": [0, 2, 6]}, TypeError, "cu_seqlens_k must be a tensor, not list"),
+    (
+        packed,
+        {"cu_seqlens_k": STARTS},
+        ValueError,
+        r"cu_seqlens_k must have shape \(3,\) \(cu_seqlens's shape\), not \(2",
+    ),
+    (packed, {"cu_seqlens_k": lengths(0, 3, 5)}, ValueError, r"cu_seqlens_k must rise from 0 to 6 \(k's tokens\), not"),
+    (
+        packed,
+        {"alibi_slopes": torch.ones(6, 4)},
+        ValueError,
+        r"alibi_slopes must have shape \(4,\) or \(2, 4\) .* \(6, 4",
+    ),
     (dense, {"window": torch.tensor(4)}, TypeError, r"window must be None or an int, .* not tensor\(4\)"),
     (dense, {"scale": 0}, ValueError, "scale must be > 0, not 0"),
     (dense, {"scale": -0.1}, ValueError, "scale must be > 0, not -0.1"),

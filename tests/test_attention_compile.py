@@ -13,6 +13,7 @@ from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.decode import triton_kernels as decode_kernels
 from gptkernels.ops.attention.record import AttentionCall, DecodeCall
 from gptkernels.ops.attention.triton_launch import head_parts, launch_row
+from gptkernels.ops.attention.visibility import sides
 
 if simulator.unavailable():
     pytest.skip(simulator.unavailable(), allow_module_level=True)
@@ -31,7 +32,8 @@ def launch(head_size, dtype, window, layout="plain"):
     elif layout == "packed":
         q, k, v, out, dout = (x[0].transpose(0, 1) for x in (q, k, v, out, dout))
         lse, cu_seqlens = lse[0], torch.empty(3, dtype=torch.int32)
-    call = AttentionCall(q, k, v, cu_seqlens=cu_seqlens, window=window, scale=0.1)
+    left, right = sides(True, window)
+    call = AttentionCall(q, k, v, cu_seqlens=cu_seqlens, left=left, right=right, scale=0.1)
     triton_kernels.attention_fwd(call)
     triton_kernels.attention_bwd(call, dout, out, lse, True)
 

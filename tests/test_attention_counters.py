@@ -7,6 +7,7 @@ from gptkernels import simulator
 from gptkernels.ops.attention import triton_kernels
 from gptkernels.ops.attention.record import AttentionCall
 from gptkernels.ops.attention.triton_launch import launch_row
+from gptkernels.ops.attention.visibility import sides
 
 if simulator.unavailable():
     pytest.skip(simulator.unavailable(), allow_module_level=True)
@@ -22,7 +23,8 @@ def count(arch, length, window, head_size=64, causal=True):
     with simulator.use(arch) as driver, pytest.MonkeyPatch.context() as patch:
         for name, kernel in zip(PRODUCTS, kernels, strict=True):
             patch.setattr(triton_kernels, kernel, Counting(getattr(triton_kernels, kernel), driver, stats, name))
-        call = AttentionCall(q, k, v, causal=causal, window=window, scale=0.125)
+        left, right = sides(causal, window)
+        call = AttentionCall(q, k, v, left=left, right=right, scale=0.125)
         out, lse = triton_kernels.attention_fwd(call)
         triton_kernels.attention_bwd(call, dout, out, lse, True)
     return stats

@@ -146,7 +146,7 @@ def test_strides_beyond_32_bits(hopper):
     # Outputs that are as far apart: the launchers' own would be dense.
     with mock.patch.object(outputs, "empty_in_order_of", side_effect=lambda x: far_apart().fill_(torch.nan)):
         out, lse = cuda_kernels.attention_fwd(call)
-        grads = cuda_kernels.attention_bwd(call, dout, out, lse, True)
+        *grads, _ = cuda_kernels.attention_bwd(call, dout, out, lse, True)
     for value, truth in zip((out, *grads), expected, strict=True):
         torch.testing.assert_close(value, truth)
 
@@ -355,11 +355,11 @@ def test_ops_are_well_formed(hopper, packed):
     shape = (40, 2, 64) if packed else (1, 2, 40, 64)
     q, k, v, dout = (torch.randn(shape).to(hopper.device, torch.bfloat16) for _ in range(4))
     bounds = torch.tensor([0, 10, 40], dtype=torch.int32, device=hopper.device) if packed else None
-    call = AttentionCall(q, k, v, cu_seqlens=bounds, window=9, scale=0.125)
+    call = AttentionCall(q, k, v, cu_seqlens=bounds, left=8, scale=0.125)
     out, lse = cuda_kernels.attention_fwd(call)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(cuda_kernels.attention_fwd.torch_op, call.flat(), test_utils=tests)
-    backward = (*call.flat(), dout, out, lse, True)
+    backward = (*call.flat(), dout, out, lse, True, None)
     torch.library.opcheck(cuda_kernels.attention_bwd.torch_op, backward, test_utils=tests)
 
 

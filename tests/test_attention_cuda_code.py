@@ -10,6 +10,7 @@ from kernel_variants import Builder, using
 from gptkernels import cuda_build, cuda_library, simulator
 from gptkernels.ops.attention import cuda_kernels
 from gptkernels.ops.attention.record import AttentionCall
+from gptkernels.ops.attention.visibility import sides
 
 # Warp instructions per thousand tensor-core FLOPs of FlashAttention-3's own kernels, counted in the same simulator
 # (one head of 128, causal): beyond 0.98 an H100 cannot issue them as fast as its tensor cores multiply.
@@ -117,7 +118,8 @@ def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
     """Tensor-core FLOPs are those of the blocks that hold a visible pair of a query and a key, and no others."""
     tokens = 900
     q, k, v = (torch.randn(1, 1, tokens, head_dim).bfloat16() for _ in range(3))
-    call = AttentionCall(q, k, v, causal=causal, window=window, scale=0.1)
+    left, right = sides(causal, window)
+    call = AttentionCall(q, k, v, left=left, right=right, scale=0.1)
     i = torch.arange(tokens)
     distance = i[:, None] - i
     visible = (distance < window) & (distance >= 0 if causal else distance > -window)
@@ -142,7 +144,7 @@ def test_forward_pads_heads_no_further_than_this(library, head_dim, keys, padded
         pytest.skip(simulator.cuda_unavailable())
     q, k, v = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(3))
     with simulator.use(arch=90):
-        cuda_kernels.attention_fwd(AttentionCall(q, k, v, causal=False, scale=0.1))
+        cuda_kernels.attention_fwd(AttentionCall(q, k, v, right=None, scale=0.1))
         blocks = -(-300 // 128) * -(-300 // keys)
         assert counters().tensor_flops == blocks * 4 * 128 * keys * padded
 
@@ -159,7 +161,7 @@ def test_backward_pads_heads_no_further_than_this(library, head_dim, queries, ke
     from ptxemu import timing
 
     q, k, v, out, dout = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(5))
-    call = AttentionCall(q, k, v, causal=False, scale=0.1)
+    call = AttentionCall(q, k, v, right=None, scale=0.1)
     with simulator.use(arch=90), timing.recording() as launches:
         cuda_kernels.attention_bwd(call, dout, out, torch.zeros(1, 1, 300), False)
     (main,) = (launch for launch in launches if "attention_bwd_kernel" in launch.kernel)

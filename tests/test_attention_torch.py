@@ -8,6 +8,7 @@ from test_attention import key_start, make, make_packed
 import gptkernels as gk
 from gptkernels.ops.attention import native, reference, triton_kernels
 from gptkernels.ops.attention.record import AttentionCall
+from gptkernels.ops.attention.visibility import sides
 from gptkernels.ops.dropout import draw_seed
 
 
@@ -18,8 +19,10 @@ def calls(where):
     bounds = packed.pop("cu_seqlens")
     seed = draw_seed(dense["q"].device)
     yield AttentionCall(*dense.values(), scale=0.125)
-    yield AttentionCall(*views.values(), key_start(where, 0, 7), None, seed, False, 4, 0.5, 0.25)
-    yield AttentionCall(*packed.values(), cu_seqlens=bounds, window=6, scale=0.125)
+    yield AttentionCall(
+        *views.values(), key_start=key_start(where, 0, 7), seed=seed, left=3, right=3, scale=0.5, dropout=0.25
+    )
+    yield AttentionCall(*packed.values(), cu_seqlens=bounds, left=5, scale=0.125)
 
 
 @pytest.mark.parametrize("call", range(3))
@@ -30,7 +33,7 @@ def test_opcheck(anywhere, call):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(triton_kernels.attention_fwd.torch_op, record.flat(), test_utils=checks)
     out, lse = triton_kernels.attention_fwd(record)
-    arguments = (*record.flat(), torch.randn_like(out), out, lse, True)
+    arguments = (*record.flat(), torch.randn_like(out), out, lse, True, None)
     torch.library.opcheck(triton_kernels.attention_bwd.torch_op, arguments, test_utils=checks)
 
 
@@ -79,6 +82,7 @@ def test_pytorchs_own_attention_is_ours(causal, window, queries, keys, kv_heads,
     options = {"causal": causal, "window": window}
 
     def op(q, k, v):
-        return native.run(AttentionCall(q, k, v, scale=q.shape[-1] ** -0.5, **options))
+        left, right = sides(causal, window)
+        return native.run(AttentionCall(q, k, v, left=left, right=right, scale=q.shape[-1] ** -0.5))
 
     assert_parity(op, reference.attention, tensors, kwargs={}, reference_kwargs=options)

@@ -61,6 +61,7 @@ def good(op) -> dict:
         gk.attention: {
             **dict(zip("qkv", heads, strict=True)),
             **{"causal": True, "window": None, "scale": None, "dropout": 0.0, "key_start": None, "cu_seqlens": None},
+            **{"cu_seqlens_k": None, "softcap": None, "sinks": None, "alibi_slopes": None, "return_lse": False},
         },
         gk.decode_attention: {
             **{"q": randn(2, 4, 1, 32), "k_cache": heads[1], "v_cache": heads[2]},
@@ -96,6 +97,8 @@ REFERENCES = {
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool]
 DTYPES += [torch.complex64, torch.uint8, torch.float8_e4m3fn]
+
+ABSENT_TENSORS = ("key_start", "cu_seqlens", "cu_seqlens_k", "sinks", "alibi_slopes", "residual")
 
 numbers = st.one_of(
     st.integers(-3, 40), st.sampled_from([2**31, -(2**31), 2**63, -(2**70)]), st.floats(), st.floats(0, 1)
@@ -144,7 +147,7 @@ def calls(draw, op):
     arguments = dict(good(op))
     for name in draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
         usual = arguments[name]
-        if isinstance(usual, torch.Tensor) or name in ("key_start", "cu_seqlens", "residual", "bias", "class_weight"):
+        if isinstance(usual, torch.Tensor) or name in ABSENT_TENSORS:
             arguments[name] = draw(st.one_of(odd_tensors(usual), odd_tensors(usual), anything))
         else:
             arguments[name] = draw(anything)

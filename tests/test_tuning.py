@@ -122,7 +122,7 @@ def test_what_was_measured_is_in_force():
     assert torch.equal(gk.layer_norm(*x), torch.layer_norm(x[0], (64,), x[1]))
     assert gk.explain(gk.layer_norm, *x, backend="eager").backend == "eager"
     keep(banded(), entry(eager_rows=48))
-    call = AttentionCall(*heads(), window=24)
+    call = AttentionCall(*heads(), left=23)
     assert choices.setting("eager_rows", "attention", call, 0) == 48
     assert choices.setting("other", "attention", call, (1, 2)) == (1, 2)
     with choices.trying({"eager_rows": 7}):
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_read_is_set_aside(damage):
     damaged = {"flipped": text.replace("48", "96"), "cut": text[:-20], "empty": "", "older": '{"version": 0}'}
     path.write_text(damaged[damage])
     choices.reload()
-    call = AttentionCall(*heads(), window=24)
+    call = AttentionCall(*heads(), left=23)
     with pytest.warns(UserWarning, match="is not used, and becomes .*unreadable"):
         assert choices.setting("eager_rows", "attention", call, 0) == 0
     assert not path.exists()
@@ -199,7 +199,7 @@ def test_a_folder_that_others_may_write_to_is_not_used():
     path.parent.chmod(0o777)
     choices.reload()
     with pytest.warns(UserWarning, match="writable by others"):
-        assert choices.order("attention", AttentionCall(*heads(), window=24)) == []
+        assert choices.order("attention", AttentionCall(*heads(), left=23)) == []
 
 
 def test_other_kernels_and_devices_have_files_of_their_own():

@@ -50,11 +50,11 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")
 
 
-def check_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
+def check_bounds(cu_seqlens: Tensor, tokens: int, name: str = "cu_seqlens", of: str = "q") -> list[int]:
     """The bounds of packed documents, read from the device."""
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (q's tokens), not {bounds}")
+        raise ValueError(f"{name} must rise from 0 to {tokens} ({of}'s tokens), not {bounds}")
     return bounds
 
 

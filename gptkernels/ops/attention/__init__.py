@@ -1,9 +1,10 @@
-"""Attention, dense or banded: `window` is the number of keys that a query sees, its own included.
+"""Attention, dense or banded: `window` is the number of keys that a query sees, its own included, or a pair (left,
+right): the keys before and after its own.
 
 What others call the same:
     transformers   sliding_window=W              window=W
-    flash-attn     window_size=(w, 0)            window=w + 1
-    flash-attn     window_size=(w, w)            window=w + 1, causal=False
+    flash-attn     window_size=(w, 0)            window=w + 1, or window=(w, 0)
+    flash-attn     window_size=(l, r)            window=(l, r), causal=False
     OpenAI sparse  local attention, W keys       window=W
 """
 

@@ -21,6 +21,8 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"takes float16 and bfloat16, not {q.dtype}"
     if call.dropout > 0:
         return "has no dropout"
+    if call.added():
+        return f"has no {', '.join(call.added())}"
     if q.shape[-1] % 8:
         return f"takes head sizes that are multiples of 8, not {q.shape[-1]}"
     if max(x.shape[-2 if x.ndim == 4 else 0] for x in (q, k)) > MAX_TOKENS:
@@ -53,7 +55,7 @@ def shape_numbers(call: AttentionCall) -> dict:
     batch, q_len, k_len = q.shape[0], q.shape[-2], k.shape[-2]
     if call.cu_seqlens is not None:
         batch, q_len, k_len = call.cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]
-    left = UNBOUNDED if call.window is None else min(call.window - 1, UNBOUNDED)
+    left, right = (UNBOUNDED if side is None else min(side, UNBOUNDED) for side in (call.left, call.right))
     return {
         "batch": batch,
         "heads": q.shape[1],
@@ -62,7 +64,7 @@ def shape_numbers(call: AttentionCall) -> dict:
         "k_len": k_len,
         "head_dim": q.shape[-1],
         "left": left,
-        "right": 0 if call.causal else left,
+        "right": right,
         "scale": call.scale,
     }
 
@@ -100,20 +102,20 @@ def fwd_launch(call: AttentionCall, out: Tensor) -> tuple[Copies, Launch]:
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v. Those of k and v have the same bits on every
     run, that of q with a window or `deterministic`."""
-    grads = bwd_outputs(call, dout, out, lse, deterministic)
+    *grads, dsinks = dq, dk, dv, _ = bwd_outputs(call, dout, out, lse, deterministic)
     if call.q.numel() == 0 or call.k.numel() == 0:
         for grad in grads:
             grad.zero_()
-        return grads
-    copies, workspace_bytes, launch = bwd_launch(call, dout, out, deterministic, grads=grads)
+        return dq, dk, dv, dsinks
+    copies, workspace_bytes, launch = bwd_launch(call, dout, out, deterministic, grads=(dq, dk, dv))
     workspace = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=call.q.device)
     dout, q, k, v = copies(dout, call.q, call.k, call.v)
     launch(dout, q, k, v, out, *grads, lse, workspace, call.key_start, call.cu_seqlens)
-    return grads
+    return dq, dk, dv, dsinks
 
 
 @remembered

@@ -15,6 +15,8 @@ FEWEST_ROWS = 256
 def unsupported(call: AttentionCall) -> str | None:
     if call.key_start is not None or call.cu_seqlens is not None or call.dropout:
         return "takes neither padding, documents nor dropout here"
+    if call.added():
+        return f"has no {', '.join(call.added())}"
     if call.q.device.type == "cpu":
         return "is what eager is made of on a CPU"
     return None
@@ -22,12 +24,12 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> Tensor:
     """-> out: as q, with its own autograd"""
-    q, k, v, window = call.q, call.k, call.v, call.window
-    if window is None and (not call.causal or q.shape[2] == k.shape[2]):
+    q, k, v, left, right = call.q, call.k, call.v, call.left, call.right
+    if left is None and (right is None or (call.causal and q.shape[2] == k.shape[2])):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, scale=call.scale, enable_gqa=grouped)
-    rows = max(FEWEST_ROWS, window or q.shape[2])
-    done = [of_block(call, block) for block in blocks(q.shape[2], k.shape[2], call.causal, window, rows)]
+    rows = max(FEWEST_ROWS, call.window or q.shape[2])
+    done = [of_block(call, block) for block in blocks(q.shape[2], k.shape[2], left, right, rows)]
     # The queries before the first block see no key.
     missing = q.shape[2] - sum(out.shape[2] for out in done)
     return torch.cat((q.new_zeros(*q.shape[:2], missing, q.shape[3]), *done), 2)

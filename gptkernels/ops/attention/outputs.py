@@ -25,10 +25,11 @@ def fwd_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def bwd_outputs(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> gradients of q, k, v, in their memory order"""
-    return empty_in_order_of(call.q), empty_in_order_of(call.k), empty_in_order_of(call.v)
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """-> gradients of q, k, v, in their memory order, and of sinks"""
+    dq, dk, dv = (empty_in_order_of(x) for x in (call.q, call.k, call.v))
+    return dq, dk, dv, None if call.sinks is None else torch.empty_like(call.sinks)
 
 
 def decode_outputs(call: DecodeCall) -> Tensor:

@@ -12,22 +12,47 @@ class AttentionCall(Record):
     """As attention takes it, with heads of at least 16 whose last dimension is contiguous, and all options decided."""
 
     q: Tensor  # (B, H, Tq, D), or packed (T, H, D)
-    k: Tensor  # (B, Hkv, Tk, D), or packed (T, Hkv, D)
+    k: Tensor  # (B, Hkv, Tk, D), or packed (T or Tk, Hkv, D)
     v: Tensor  # as k
+    sinks: Tensor | None = None  # (H,), in q's dtype or float32
     key_start: Tensor | None = None  # (B,) int32
     cu_seqlens: Tensor | None = None  # (N + 1,) int32
+    cu_seqlens_k: Tensor | None = None  # as cu_seqlens; None: the same
+    alibi_slopes: Tensor | None = None  # (H,) or (B or N, H) float32
     seed: Tensor | None = None  # (1,) int64, drawn in the forward pass where there is dropout
-    causal: bool = True
-    window: int | None = None  # below the number of keys
+    # How many keys a query sees before and after its own position, fewer than there are; None: all.
+    left: int | None = None
+    right: int | None = 0
     scale: float = 1.0
     dropout: float = 0.0
+    softcap: float | None = None
+    return_lse: bool = False
+
+    @property
+    def causal(self) -> bool:
+        return self.right == 0
+
+    @property
+    def window(self) -> int | None:
+        """Of a band its wider side, the query's own key included"""
+        return None if self.left is None or self.right is None else max(self.left, self.right) + 1
+
+    def added(self) -> list[str]:
+        """What beyond a mask, dropout and a scale it has, by the names of arguments"""
+        names = ["sinks", "alibi_slopes", "softcap", "cu_seqlens_k"]
+        return [name for name in names if getattr(self, name) is not None] + ["return_lse"] * self.return_lse
+
+    def key_bounds(self) -> Tensor | None:
+        """Of packed documents, in rows of k"""
+        return self.cu_seqlens if self.cu_seqlens_k is None else self.cu_seqlens_k
 
     def traits(self) -> tuple[tuple[str, ...], dict[str, int]]:
         kind = f"D{self.q.shape[-1]}", "dense" if self.window is None else "banded"
         packed = self.q.ndim == 3
         tokens = self.k.shape[0 if packed else 2]
         heads = self.q.shape[1] if packed else self.q.shape[0] * self.q.shape[1]
-        return kind, {"T": tokens, "W": self.window or tokens, "heads": heads}
+        sizes = {"T": tokens, "W": self.window or tokens, "heads": heads}
+        return (*kind, *self.added()), sizes
 
 
 @dataclass(slots=True, eq=False)

@@ -25,6 +25,10 @@ MAX_FLOAT32_HEAD_SIZE = 128
 
 
 def unsupported(call: AttentionCall) -> str | None:
+    if call.added():
+        return f"has no {', '.join(call.added())}"
+    if call.left != call.right and (call.right or (call.right is None and call.left is not None)):
+        return "has no windows of two sides"
     if call.q.element_size() == 4 and call.q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
         return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {call.q.shape[-1]}"
     if OLD_TRITON and 128 < call.q.shape[-1] <= 192 and 100 <= hardware.arch(call.q.device) < 120:
@@ -141,24 +145,24 @@ def fwd_launch(call: AttentionCall, out: Tensor):
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v. The same on every run, with `deterministic`
     or without."""
-    grads = dq, dk, dv = bwd_outputs(call, dout, out, lse, deterministic)
+    *grads, dsinks = dq, dk, dv, _ = bwd_outputs(call, dout, out, lse, deterministic)
     q, k, v = call.q, call.k, call.v
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()
-        return grads
+        return dq, dk, dv, dsinks
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = empty_like(lse)
-    of_q, k_parts, v_parts, of_keys, dout_parts, q_parts = bwd_launches(call, dout, out, grads=grads)
+    of_q, k_parts, v_parts, of_keys, dout_parts, q_parts = bwd_launches(call, dout, out, grads=(dq, dk, dv))
     others = variables(call)
     with hardware.on_device(q.device):
         of_q(dout, q, k, v, described(k_parts, k), described(v_parts, v), out, lse, delta, dq, *others)
         of_keys(dout, q, k, v, described(dout_parts, dout), described(q_parts, q), lse, delta, dk, dv, *others)
-    return grads
+    return dq, dk, dv, dsinks
 
 
 @remembered

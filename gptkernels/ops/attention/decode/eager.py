@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ....torch_library import torch_op
 from ...checks import check_cache_lengths
-from ..eager import block_fwd
+from ..eager import Terms, block_fwd
 from ..outputs import decode_outputs
 from ..record import DecodeCall
 from ..visibility import visible_at
@@ -36,8 +36,6 @@ def decode_attention_fwd(call: DecodeCall) -> Tensor:
             key = length - 1 - (length - 1 - torch.arange(capacity, device=q.device)) % capacity
         position = torch.arange(oldest, length, device=q.device).unsqueeze(1)
         row, queries = slice(b, b + 1), slice(tokens - (length - oldest), tokens)
-        seen = visible_at(position, key, True, window)
-        out[row, :, queries] = block_fwd(
-            q[row, :, queries], k_cache[row, :, slots], v_cache[row, :, slots], seen, None, call.scale
-        )[0]
+        terms = Terms(visible_at(position, key, True, window), call.scale)
+        out[row, :, queries] = block_fwd(q[row, :, queries], k_cache[row, :, slots], v_cache[row, :, slots], terms)[0]
     return out

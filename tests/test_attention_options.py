@@ -1,0 +1,220 @@
+"""What changes attention's scores or its softmax, and windows of two sides: against the float64 reference, and the
+reference against the formulas written otherwise."""
+
+import pytest
+import torch
+from test_attention import assert_attention_parity, key_start, make, make_packed
+
+from gptkernels.ops.attention import attention, reference
+
+BACKENDS = ["eager"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def with_sinks(where, tensors, *values, dtype=torch.float32):
+    """values: of the heads, over and over"""
+    sinks = torch.tensor(values).repeat(tensors["q"].shape[1] // len(values))
+    return {**tensors, "sinks": sinks.to(where.device, dtype).requires_grad_()}
+
+
+def with_slopes(where, tensors, *shape):
+    return {**tensors, "alibi_slopes": (torch.rand(shape) + 0.05).to(where.device)}
+
+
+def with_own_keys(where, queries, keys, **shape):
+    """Packed documents with as many queries and keys as these"""
+    tensors, other = make_packed(where, queries, **shape), make_packed(where, keys, **shape)
+    return {**tensors, "k": other["k"], "v": other["v"], "cu_seqlens_k": other["cu_seqlens"]}
+
+
+REFERENCE_OPTIONS = [
+    {"window": (2, 1), "causal": False},
+    {"window": (None, 1), "causal": False, "return_lse": True},
+    {"softcap": 0.7, "window": 3},
+    {"sinks": True, "return_lse": True},
+    {"sinks": True, "key_start": torch.tensor([2, 5])},
+    {"alibi_slopes": torch.tensor([0.5, 0.1], dtype=torch.float64), "softcap": 0.5, "return_lse": True},
+    {"sinks": True, "dropout": 0.3, "seed": torch.tensor([5]), "alibi_slopes": torch.rand(2, 2).double()},
+]
+
+
+@pytest.mark.parametrize("options", REFERENCE_OPTIONS)
+def test_reference_gradients_are_finite_differences(options):
+    q, k, v = (torch.randn(2, heads, 5, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def op(q, k, v, sinks):
+        outs = reference.attention(q, k, v, **(options | {"sinks": sinks} if "sinks" in options else options))
+        return outs if options.get("return_lse") else (outs, sinks * 2)
+
+    assert torch.autograd.gradcheck(op, (q, k, v, sinks))
+
+
+def test_reference_is_the_formulas():
+    """One score after the other, with Python's numbers."""
+    q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64)
+    k, v = k[:, :, :3], v[:, :, :3]
+    sinks, slopes = torch.tensor([0.3, -1.0]).double(), torch.tensor([0.5, 0.25]).double()
+    out, lse = reference.attention(
+        q, k, v, causal=False, window=(1, 1), scale=0.4, softcap=0.9, sinks=sinks, alibi_slopes=slopes, return_lse=True
+    )
+    for h in range(2):
+        for i in range(4):
+            total, mixed = sinks[h].exp(), torch.zeros(8).double()
+            for j in range(3):
+                if -1 <= i - 1 - j <= 1:
+                    score = 0.9 * ((q[0, h, i] @ k[0, h, j]) * 0.4 / 0.9).tanh() - slopes[h] * abs(i - 1 - j)
+                    total = total + score.exp()
+                    mixed = mixed + score.exp() * v[0, h, j]
+            torch.testing.assert_close(lse[0, h, i], total.log())
+            torch.testing.assert_close(out[0, h, i], mixed / total)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(150, 150), (40, 150), (150, 40)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_sided_windows_show_these_keys(anywhere, backend, causal, queries, keys):
+    """With q = 0 all weights are the same: exp(lse) counts the keys, and v holds which ones they are."""
+    anywhere.require(backend)
+    q = torch.zeros(1, 1, queries, 64, device=anywhere.device)
+    k, v = torch.randn(2, 1, 1, keys, 64, device=anywhere.device)
+    v[..., 0] = torch.arange(keys) / keys
+    rights = (0, None, -1) if causal else (None, 0, 1, 63, 64, 100)
+    for left in (None, -1, 0, 1, 63, 64, 65):
+        for right in rights:
+            out, lse = attention(q, k, v, causal=causal, window=(left, right), return_lse=True, backend=backend)
+            position = torch.arange(queries)[:, None] + keys - queries
+            behind = position - torch.arange(keys)
+            seen = torch.ones(queries, keys, dtype=torch.bool)
+            if left not in (None, -1):
+                seen &= behind <= left
+            if causal or right not in (None, -1):
+                seen &= behind >= -(0 if causal else right)
+            torch.testing.assert_close(lse.exp()[0, 0].cpu(), seen.sum(1).float(), atol=1e-2, rtol=0)
+            means = (seen.float() @ (torch.arange(keys) / keys)[:, None]).flatten() / seen.sum(1).clamp(min=1)
+            torch.testing.assert_close(out[0, 0, :, 0].cpu(), means, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "queries", "keys"),
+    [
+        ({"window": (20, 70), "causal": False}, 150, 150),
+        ({"window": (70, 3), "causal": False}, 40, 150),
+        ({"window": (None, 20), "causal": False}, 150, 90),
+        ({"window": (20, None), "causal": False}, 90, 150),
+        ({"window": (33, 0)}, 150, 150),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_sided_windows(where, backend, options, queries, keys):
+    where.require(backend)
+    assert_attention_parity(make(where, queries, keys, kv_heads=1), backend, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks(where, backend, dtype):
+    """Above all scores, among them, and far below."""
+    where.require(backend)
+    for values, window in (((60.0, -torch.inf, 3.0, -2.0), None), ((0.5, -30.0, 9.0), 20)):
+        tensors = with_sinks(where, make(where, 100, heads=12, kv_heads=2, dtype=dtype), *values, dtype=dtype)
+        assert_attention_parity(tensors, backend, window=window, return_lse=True)
+    tensors = with_sinks(where, make(where, 100, 60, batch=2, heads=6, kv_heads=3, dtype=dtype), 1.0, -1.0)
+    assert_attention_parity({**tensors, "key_start": key_start(where, 0, 50)}, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_query_without_keys_has_its_sink(anywhere, backend):
+    anywhere.require(backend)
+    for keys, seen in ((0, 0), (3, 3)):
+        tensors = with_sinks(anywhere, make(anywhere, 5, keys), 1.5, -torch.inf)
+        out, lse = attention(**tensors, return_lse=True, backend=backend)
+        grads = torch.autograd.grad((out.float().sum(), lse[:, :, : 5 - seen].clamp(min=-1).sum()), tensors.values())
+        assert bool((out[:, :, : 5 - seen] == 0).all())
+        assert bool((lse[:, 0, : 5 - seen] == 1.5).all())
+        assert bool((lse[:, 1, : 5 - seen] == -torch.inf).all())
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+        bare, bare_lse = attention(**{**tensors, "sinks": None}, return_lse=True, backend=backend)
+        assert bool((bare_lse[:, :, : 5 - seen] == -torch.inf).all())
+        torch.testing.assert_close(out[:, 1], bare[:, 1])  # a sink of -inf is none
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcap(where, backend, dtype):
+    where.require(backend)
+    tensors = make(where, 100, kv_heads=1, dtype=dtype)
+    assert_attention_parity(tensors, backend, softcap=2.0, scale=0.5)  # most scores are bent
+    assert_attention_parity(tensors, backend, softcap=50.0, window=30)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", [(2,), (2, 2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alibi(where, backend, causal, shape):
+    where.require(backend)
+    for queries, keys in ((100, 100), (40, 100)):
+        tensors = with_slopes(where, make(where, queries, keys, batch=2, kv_heads=1), *shape)
+        assert_attention_parity(tensors, backend, causal=causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_has_gradients(where, backend):
+    where.require(backend)
+    for window in (None, 20):
+        assert_attention_parity(make(where, 100, kv_heads=1), backend, window=window, return_lse=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_two_shards_is_the_whole(anywhere, backend):
+    """As ring attention does it: shares by lse, whose gradients count."""
+    anywhere.require(backend)
+    tensors = make(anywhere, 70, 90, dtype=torch.float32)
+    q, k, v = tensors.values()
+    parts = [
+        attention(q, k[:, :, keys], v[:, :, keys], causal=False, return_lse=True, backend=backend)
+        for keys in (slice(0, 40), slice(40, 90))
+    ]
+    shares = torch.stack([lse for _, lse in parts]).softmax(0).unsqueeze(-1)
+    merged = sum(share * out for share, (out, _) in zip(shares, parts, strict=True))
+    whole = attention(q, k, v, causal=False, backend=backend)
+    dout = torch.randn_like(whole)
+    torch.testing.assert_close(merged, whole, atol=1e-5, rtol=1e-4)
+    for mine, right in zip(*(torch.autograd.grad(out, (q, k, v), dout) for out in (merged, whole)), strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_documents_with_keys_of_their_own(where, backend, causal):
+    """Fewer keys than queries, more, none, and no queries."""
+    where.require(backend)
+    tensors = with_own_keys(where, [5, 70, 0, 1, 66], [9, 0, 30, 80, 40], heads=2, kv_heads=1)
+    for window in (None, (15, 0)):
+        assert_attention_parity(tensors, backend, causal=causal, window=window)
+    tensors = with_slopes(where, with_sinks(where, tensors, 0.5, -0.5), 5, 2)
+    assert_attention_parity(tensors, backend, causal=causal, return_lse=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_at_once(where, backend, dtype):
+    where.require(backend)
+    tensors = make(where, 90, 120, batch=2, heads=2, kv_heads=1, head_size=80, dtype=dtype)
+    tensors = with_slopes(where, with_sinks(where, tensors, 1.0, 0.0, dtype=dtype), 2, 2)
+    starts = key_start(where, 0, 50)
+    options = {"causal": False, "window": (40, 7), "softcap": 3.0, "return_lse": True, "scale": 0.3}
+    assert_attention_parity({**tensors, "key_start": starts}, backend, **options)
+    if backend != "cuda":
+        assert_attention_parity({**tensors, "key_start": starts}, backend, dropout=0.2, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_one_number_and_of_lse_alone(where, backend):
+    """out.sum() sends back strides of 0; an output that nobody uses gets no gradient."""
+    where.require(backend)
+    tensors = with_sinks(where, make(where, 70), 0.5, -0.5)
+    cotangents = [torch.ones(()).expand(1, 2, 70, 64), torch.ones(()).expand(1, 2, 70)]
+    assert_attention_parity(tensors, backend, return_lse=True, cotangents=cotangents)
+    cotangents = [torch.zeros(1, 2, 70, 64), torch.randn(1, 2, 70)]
+    assert_attention_parity(tensors, backend, return_lse=True, cotangents=cotangents)
