@@ -181,7 +181,12 @@ CASES = [
         ValueError,
         r"k_cache must have at least window \+ Tq - 1 = 9 slots .* 8",
     ),
-    (decode, {"q": TOKEN.clone().requires_grad_()}, ValueError, "q, k_cache and v_cache must not require gradients"),
+    (
+        decode,
+        {"q": TOKEN.clone().requires_grad_()},
+        ValueError,
+        "q, k_cache, v_cache and sinks must not require",
+    ),
     (decode, {"backend": "triton"}, gk.UnsupportedError, "triton: runs on CUDA tensors, not cpu"),
     (decode, {"backend": "fast"}, ValueError, "backend must be one of .* not 'fast'"),
 ]

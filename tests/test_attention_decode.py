@@ -48,6 +48,89 @@ def test_decode(where, backend, heads, kv_heads, tokens, capacity, window, lengt
         )
 
 
+def paged(where, tensors, page, spare=2):
+    """-> k_cache and v_cache cut into pages in any order, pages that hold NaN among them, and their block_table"""
+    batch, kv_heads, capacity, size = tensors["k_cache"].shape
+    each = -(-capacity // page)
+    order = torch.randperm(batch * each + spare)[: batch * each]
+    found = dict(tensors)
+    for name in ("k_cache", "v_cache"):
+        pages = tensors[name].new_full((batch * each + spare, kv_heads, page, size), float("nan"))
+        filled = torch.nn.functional.pad(tensors[name], (0, 0, 0, each * page - capacity), value=float("nan"))
+        cut = filled.unflatten(2, (each, page)).transpose(1, 2).flatten(0, 1)
+        pages[order.to(pages.device)] = cut
+        found[name] = pages
+    found["block_table"] = order.view(batch, each).int().to(where.device)
+    return found
+
+
+EXTRAS = {
+    "sinks": {},
+    "softcap": {"softcap": 3.0},
+    "both ways": {"causal": False},
+    "both ways, banded": {"causal": False, "window": 20},
+    "padded": {"key_start": (0, 5, 130)},
+    "paged": {"page": 16},
+    "paged, banded": {"page": 10, "window": 33},
+    "all": {"page": 20, "softcap": 2.0, "key_start": (0, 50, 3), "window": 70},
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options(anywhere, backend, name):
+    """In one split and several, one token and several."""
+    anywhere.require(backend)
+    kwargs = dict(EXTRAS[name])
+    page, start = kwargs.pop("page", None), kwargs.pop("key_start", None)
+    for tokens, capacity, lengths in ((1, 160, (160, 77, 130)), (3, 600, (2, 599, 300))):
+        tensors = make(anywhere, 3, 4, 2, tokens, capacity, dtype=torch.bfloat16)
+        if page is not None:
+            tensors = paged(anywhere, tensors, page)
+        if start is not None:
+            tensors["key_start"] = lengths_of(anywhere, *start)
+        if name in ("sinks", "all"):
+            tensors["sinks"] = torch.tensor([0.5, -30.0, 3.0, 7.0], device=anywhere.device)
+        tensors["lengths"] = lengths_of(anywhere, *lengths)
+        assert_parity(
+            lambda **a: decode_attention(**a, backend=backend), reference.decode_attention, tensors, kwargs=kwargs
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_are_the_cache_cut_up(anywhere, backend):
+    """Whatever stands in the table behind the last page of a row, and with rows that share pages."""
+    anywhere.require(backend)
+    tensors, lengths = make(anywhere, 2, 4, 2, 1, 64), lengths_of(anywhere, 17, 40)
+    before = decode_attention(**tensors, lengths=lengths, backend=backend)
+    cut = paged(anywhere, tensors, 8)
+    cut["block_table"][0, 3:], cut["block_table"][1, 5:] = -1, 10**6
+    after = decode_attention(**cut, lengths=lengths, backend=backend)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    cut["block_table"] = cut["block_table"][1:].expand(2, -1)
+    shared = decode_attention(**cut, lengths=lengths_of(anywhere, 40).expand(2), backend=backend)
+    torch.testing.assert_close(shared[1:], after[1:])
+
+
+def test_wrong_pages_and_options_are_named(anywhere):
+    good = {**make(anywhere, 2, 4, 2, 1, 64), "lengths": lengths_of(anywhere, 17, 40)}
+    cut = paged(anywhere, good, 8)
+    for changes, error, words in (
+        ({"block_table": cut["block_table"].long()}, TypeError, "block_table must be int32"),
+        ({"block_table": cut["block_table"][0]}, ValueError, "block_table must have 2 dimensions"),
+        ({"block_table": cut["block_table"][:1]}, ValueError, r"block_table must have shape \(2, 8\)"),
+        ({"block_table": cut["block_table"] + 20}, ValueError, "block_table must have pages of 0 ... 17 in row 0"),
+        ({"block_table": cut["block_table"][:, :4]}, ValueError, "lengths must be at most the cache's 32 slots"),
+        ({"k_cache": cut["k_cache"][:0], "v_cache": cut["v_cache"][:0]}, ValueError, "k_cache must have pages"),
+        ({"sinks": torch.zeros(3, device=anywhere.device)}, ValueError, r"sinks must have shape \(4,\)"),
+        ({"softcap": -1}, ValueError, "softcap must be > 0"),
+        ({"key_start": cut["lengths"][:1]}, ValueError, r"key_start must have shape \(2,\)"),
+        ({"causal": None}, TypeError, "causal must be True or False"),
+    ):
+        with pytest.raises(error, match=words):
+            decode_attention(**{**cut, **changes}, backend="eager")
+
+
 @pytest.mark.parametrize("head_size", [16, 19, 80, 96, 128, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_head_sizes(anywhere, backend, head_size):

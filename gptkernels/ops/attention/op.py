@@ -138,7 +138,8 @@ def padded_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 def check_heads(
     q: Tensor, k: Tensor, v: Tensor, packed: bool, names: tuple[str, str] = ("k", "v"), own_keys: bool = False
 ) -> None:
-    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), or packed (T, H, D), (T, Hkv, D), with own_keys (Tk, Hkv, D)"""
+    """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D), or packed (T, H, D), (T, Hkv, D). own_keys: the first dimension of k
+    and v is their own"""
     ndim = 3 if packed else 4
     layout = "(T, heads, D), as packed documents are" if packed else "(B, heads, T, D)"
     for name, x in zip(("q", *names), (q, k, v), strict=True):
@@ -152,7 +153,7 @@ def check_heads(
     heads, kv_heads = q.shape[1], k.shape[1]
     if not kv_heads or heads % kv_heads or not heads:
         raise ValueError(f"{names[0]} must have a number of heads that divides q's {heads}, not {kv_heads}")
-    wanted = (k.shape[0] if packed and own_keys else q.shape[0], kv_heads, *k.shape[2:-1], q.shape[-1])
+    wanted = (k.shape[0] if own_keys else q.shape[0], kv_heads, *k.shape[2:-1], q.shape[-1])
     checks.check_shape(names[0], k, wanted, "batch and head size as q" if not packed else "tokens and head size as q")
     checks.check_shape(names[1], v, k.shape, f"{names[0]}'s shape")
 

@@ -60,16 +60,26 @@ class DecodeCall(Record):
     """As decode_attention takes it, in the same sense."""
 
     q: Tensor  # (B, H, Tq, D)
-    k_cache: Tensor  # (B, Hkv, capacity, D)
+    k_cache: Tensor  # (B, Hkv, capacity, D), or (pages, Hkv, page, D)
     v_cache: Tensor  # as k_cache
     lengths: Tensor  # (B,) int32
+    block_table: Tensor | None = None  # (B, pages of a row) int32
+    sinks: Tensor | None = None  # (H,), in q's dtype or float32
+    key_start: Tensor | None = None  # (B,) int32
     window: int | None = None  # at most the capacity
+    causal: bool = True
     scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Of a row"""
+        return self.k_cache.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
 
     def traits(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        tokens = self.k_cache.shape[2]
+        tokens, paged = self.capacity, ("paged",) * (self.block_table is not None)
         heads = self.q.shape[0] * self.k_cache.shape[1]
-        return (f"D{self.q.shape[-1]}",), {"T": tokens, "W": self.window or tokens, "heads": heads}
+        return (f"D{self.q.shape[-1]}", *paged), {"T": tokens, "W": self.window or tokens, "heads": heads}
 
 
 def strides(x: Tensor) -> tuple[int, int, int]:

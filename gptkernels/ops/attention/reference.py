@@ -87,15 +87,28 @@ def decode_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    block_table: Tensor | None = None,
+    key_start: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths: (B,) -> (B, H, Tq, D). The newest Tq of each
-    row's `lengths` keys belong to the queries; position p of a sequence is in slot p % capacity."""
+    """q: (B, H, Tq, D), k_cache, v_cache: (B, Hkv, capacity, D), lengths, key_start: (B,), sinks: (H,)
+    -> (B, H, Tq, D). The newest Tq of each row's `lengths` keys belong to the queries; position p of a sequence is in
+    slot p % capacity. With block_table (B, P), k_cache and v_cache are pages (pages, Hkv, page, D), and p is in page
+    block_table[row, p // page]."""
+    if block_table is not None:
+        # Pages that are not used may have any number.
+        pages = block_table.long().clamp(0, k_cache.shape[0] - 1)
+        k_cache, v_cache = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k_cache, v_cache))
     out = torch.zeros_like(q)
     tokens, capacity = q.shape[2], k_cache.shape[2]
+    options: dict[str, Any] = {"window": window, "scale": scale, "sinks": sinks, "softcap": softcap, "causal": causal}
     for row, length in enumerate(lengths.tolist()):
         # Slots that no query of this call sees may hold anything, so only the others are read.
         reach = length if window is None else min(length, window + tokens - 1)
         slots = torch.arange(length - reach, length, device=q.device) % capacity
         k, v = k_cache[row : row + 1, :, slots], v_cache[row : row + 1, :, slots]
-        out[row : row + 1] = attention(q[row : row + 1], k, v, window=window, scale=scale)
+        start = None if key_start is None else key_start[row : row + 1] - (length - reach)
+        out[row : row + 1] = attention(q[row : row + 1], k, v, key_start=start, **options)
     return out
