@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import hf, nn, swap
+    from . import flash_attn, hf, nn, swap
     from .dispatch import UnsupportedError, explain
     from .models import GPT, GPTConfig
     from .ops.attention import attention, decode_attention
@@ -32,6 +32,7 @@ __all__ = [
     "attention",
     "decode_attention",
     "explain",
+    "flash_attn",
     "hf",
     "layer_norm",
     "linear_cross_entropy",

@@ -40,9 +40,9 @@ def dq_in_order(window: int | None, deterministic: bool) -> bool:
 
 
 def describe(call: AttentionCall) -> str:
-    if dq_in_order(call.window, torch.are_deterministic_algorithms_enabled()):
+    if dq_in_order(call.window, call.deterministic or torch.are_deterministic_algorithms_enabled()):
         return "the gradients have the same bits on every run"
-    return "dq is summed in any order; torch.use_deterministic_algorithms(True) fixes it"
+    return "dq is summed in any order; deterministic=True fixes it"
 
 
 # What only some calls have

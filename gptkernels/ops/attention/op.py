@@ -41,6 +41,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     backend: str = "auto",
 ) -> Call[Any]:
     """softmax(q k^T * scale) v over the keys that each query sees, the last query being at the last key.
@@ -67,13 +68,14 @@ def attention(
     A query that sees no key gives zeros, and zero gradients; its lse is -inf, or its sink. Under autocast q, k and v
     are cast to its dtype.
     Gradients have the same bits on every run with the Triton and CUDA backends, but for the CUDA backend's dq without a
-    window, for which that takes torch.use_deterministic_algorithms(True).
+    window, for which that takes deterministic=True, or torch.use_deterministic_algorithms(True).
     """
     q, k, v = autocast(q, k, v)
 
     def check():
         check_heads(q, k, v, packed=cu_seqlens is not None, own_keys=cu_seqlens_k is not None)
-        check_options(causal, window, scale, dropout, softcap, return_lse)
+        check_flags(causal=causal, return_lse=return_lse, deterministic=deterministic)
+        check_options(causal, window, scale, dropout, softcap)
         check_lengths(q, key_start, cu_seqlens, cu_seqlens_k)
         check_columns(q, sinks, alibi_slopes, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
 
@@ -89,7 +91,7 @@ def attention(
         cap = None if softcap is None else float(softcap)
         return AttentionCall(
             *padded_heads(q, k, v), sinks, key_start, cu_seqlens, cu_seqlens_k, alibi_slopes, None,
-            left, right, factor, float(dropout), cap, return_lse,
+            left, right, factor, float(dropout), cap, return_lse, deterministic,
         )  # fmt: skip
 
     def run(kernels, call):
@@ -117,7 +119,7 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx, dout, dlse=None):
         *tensors, out, lse = ctx.saved_tensors
         call = with_key(AttentionCall(*tensors, *ctx.options), ctx.key)
-        deterministic = torch.are_deterministic_algorithms_enabled()
+        deterministic = call.deterministic or torch.are_deterministic_algorithms_enabled()
         # A gradient expanded from one number has no contiguous dimension.
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         *grads, dsinks = ctx.kernels.attention_bwd(call, dout, out, lse, deterministic, dlse)
@@ -158,10 +160,13 @@ def check_heads(
     checks.check_shape(names[1], v, k.shape, f"{names[0]}'s shape")
 
 
-def check_options(causal, window, scale, dropout, softcap, return_lse) -> None:
-    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+def check_flags(**flags) -> None:
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, not {flag!r}")
+
+
+def check_options(causal, window, scale, dropout, softcap) -> None:
     check_sides(causal, window)
     check_scale(scale)
     checks.check_number("dropout", dropout, at_least=0, below=1)

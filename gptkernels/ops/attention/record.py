@@ -27,6 +27,7 @@ class AttentionCall(Record):
     dropout: float = 0.0
     softcap: float | None = None
     return_lse: bool = False
+    deterministic: bool = False  # gradients with the same bits on every run, whatever that costs
 
     @property
     def causal(self) -> bool:
