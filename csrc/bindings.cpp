@@ -64,18 +64,19 @@ uintptr_t address(py::handle tensor) {
 
 void read(Fields& fields, AttentionShape& p) {
     fields FIELD(batch) FIELD(heads) FIELD(kv_heads) FIELD(q_len) FIELD(k_len) FIELD(head_dim) FIELD(left) FIELD(right)
-        FIELD(scale) FIELD(key_start) FIELD(cu_seqlens);
+        FIELD(scale) FIELD(key_start) FIELD(cu_seqlens) FIELD(cu_seqlens_k);
 }
 
 void read(Fields& fields, AttentionFwdParams& p) {
     read(fields, p.shape);
-    fields FIELD(dtype) FIELD(sm_count) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse) FIELD(tile_counter);
+    fields FIELD(dtype) FIELD(sm_count) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse) FIELD(sinks)
+        FIELD(sinks_are_float) FIELD(tile_counter);
 }
 
 void read(Fields& fields, AttentionBwdParams& p) {
     read(fields, p.shape);
     fields FIELD(dtype) FIELD(sm_count) FIELD(dq_in_order) FIELD(dout) FIELD(q) FIELD(k) FIELD(v) FIELD(out) FIELD(lse)
-        FIELD(dq) FIELD(dk) FIELD(dv) FIELD(workspace);
+        FIELD(dlse) FIELD(delta) FIELD(dq) FIELD(dk) FIELD(dv) FIELD(workspace);
 }
 
 void read(Fields& fields, CrossEntropyParams& p) {

@@ -33,7 +33,7 @@ from .parity import assert_parity
 from .progress import Steps
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-INTEGER_DTYPES = {"cu_seqlens": torch.int32, "lengths": torch.int32, "targets": torch.int64}
+INTEGER_DTYPES = {name: torch.int32 for name in ("cu_seqlens", "cu_seqlens_k", "lengths")} | {"targets": torch.int64}
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -145,6 +145,28 @@ def attention_cases(small: bool) -> Iterator[Case]:
     for kwargs in ({}, {"window": 20}):
         label = f"4 documents, T{total} D64" + (", window 20" if kwargs else "")
         yield Case(label, attention, attention_reference.attention, packed, kwargs, documents)
+    # What gpt-oss has, and what Gemma 2 has, and BLOOM.
+    tokens = lengths[-1][0]
+    some: Shapes = {"q": (batch, heads, tokens, 64), **{name: (batch, kv_heads, tokens, 64) for name in "kv"}}
+    sinks = {"window": (16, 0), "return_lse": True}
+    with_sinks = {**some, "sinks": (heads,)}
+    yield Case(f"T{tokens} D64, sinks, lse", attention, attention_reference.attention, with_sinks, sinks)
+    yield Case(f"T{tokens} D64, softcap 50", attention, attention_reference.attention, some, {"softcap": 50.0})
+    ops = with_slopes(attention), with_slopes(attention_reference.attention)
+    yield Case(f"T{tokens} D64, ALiBi", *ops, some, {"causal": False, "window": (30, 5)})
+    own_keys = {**documents, "cu_seqlens_k": [0, total // 2, total // 2, total - 1, total]}
+    label = f"4 documents, T{total} D64, keys of their own"
+    yield Case(label, attention, attention_reference.attention, packed, {}, own_keys)
+
+
+def with_slopes(op: Callable) -> Callable:
+    """attention with ALiBi, whose slopes have no gradients"""
+
+    def run(q: Tensor, **others):
+        slopes = 0.5 ** torch.arange(1, q.shape[1] + 1, device=q.device, dtype=torch.float32)
+        return op(q=q, alibi_slopes=slopes, **others)
+
+    return run
 
 
 def decode_attention_cases(small: bool) -> Iterator[Case]:

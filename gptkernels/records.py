@@ -26,7 +26,7 @@ class Record:
         """The fields' values, of which `type(self)(*values)` makes a record again"""
         if torch.compiler.is_compiling():
             return tuple([getattr(self, name) for name in self.__slots__])
-        return fields_of(type(self))(self)
+        return fields_of(type(self))(self)  # type: ignore[arg-type]
 
     def traits(self) -> tuple[tuple[str, ...], dict[str, int]]:
         """-> what is the same, beside the dtype, and sizes that differ little in calls that are tuned together"""

@@ -19,6 +19,7 @@ struct AttentionShape {
     float scale;            // positive
     const int* key_start;   // (batch,) or null
     const int* cu_seqlens;  // (batch + 1,) or null
+    const int* cu_seqlens_k;  // as cu_seqlens, or null: the same
 };
 
 // Strides are elements from one batch entry (0 with cu_seqlens), head and row to the next; multiples of 8.
@@ -34,6 +35,8 @@ struct AttentionFwdParams {
     AttentionTensor q, k, v;  // (batch, heads, q_len, head_dim), (batch, kv_heads, k_len, head_dim) twice
     AttentionTensor out;      // as q
     float* lse;               // (batch, heads, q_len) or (heads, q_len), natural logarithm
+    const void* sinks;        // (heads,) or null
+    bool sinks_are_float;     // else as q
     int* tile_counter;  // (2,), zeros, which the kernel leaves as zeros; not shared with launches at the same time
 };
 
@@ -44,6 +47,8 @@ struct AttentionBwdParams {
     bool dq_in_order;  // whether dq is added up in one order, so that it has the same bits on every run
     AttentionTensor dout, q, k, v, out;
     const float* lse;            // as the forward pass left it
+    const float* dlse;           // its gradient, or null
+    float* delta;                // as lse, or null: row sums of out * dout, less dlse
     AttentionTensor dq, dk, dv;  // as q, k and v
     void* workspace;             // attention_bwd_workspace_bytes of it, aligned to 16 bytes
 };

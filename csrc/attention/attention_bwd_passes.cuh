@@ -45,6 +45,8 @@ __global__ void __launch_bounds__(256) attention_bwd_begin_kernel(const Attentio
 #pragma unroll
         for (int step = kRowThreads / 2; step; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
         if (column == 0) {
+            if (params.dlse && row < tile.q_len) delta -= params.dlse[first_lse + row];
+            if (params.delta && row < tile.q_len) params.delta[first_lse + row] = delta;
             args.workspace.delta[slot * kBlockM + i] = delta;
             args.workspace.minus_lse[slot * kBlockM + i] = lse == -INFINITY ? -INFINITY : -kLog2E * lse;
         }

@@ -63,7 +63,7 @@ struct AttentionBwdWorkspace {
     int* tile_counter;
     int* added;        // (slots,): how many blocks of keys, or warps, have added to dq, where their order is fixed
     float* minus_lse;  // (slots, kBlockM), base 2; -inf where there is no query or it sees no key
-    float* delta;      // (slots, kBlockM): row sums of out * dout
+    float* delta;      // (slots, kBlockM): row sums of out * dout, less dlse
     float* dq;         // (slots, kBlockM * kDqWidth), float32, in the order of the accumulator registers
     // The query heads that share a key head are worked on in so many parts, each with a share of dk and dv.
     int splits;
@@ -104,10 +104,10 @@ int64_t attention_bwd_plan(const AttentionBwdParams& params, AttentionBwdArgumen
     const int parts = shape.kv_heads * workspace.splits;
     args->params = params;
     args->group = shape.heads / parts;
-    args->query_order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM);
-    args->key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN);
+    args->query_order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM, false);
+    args->key_order = attention_tile_order(shape, shape.kv_heads, shape.k_len, Traits::kBlockN, true);
     // Queries, dout and float32 dq are what blocks of keys share.
-    args->part_order = attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN,
+    args->part_order = attention_tile_order(shape, parts, shape.k_len, Traits::kBlockN, true,
                                             int64_t(shape.q_len) * HeadDim * 8 * args->group);
     const int64_t slots = args->query_order.tiles, key_slots = workspace.splits == 1 ? 0 : args->part_order.tiles;
     int64_t bytes = 0;

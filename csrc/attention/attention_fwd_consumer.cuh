@@ -191,7 +191,13 @@ struct AttentionFwdConsumer {
         else
             bulk_wait_read();
         __syncwarp();
-        const float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)};
+        float inverse[2] = {softmax.inverse_sum(0), softmax.inverse_sum(1)}, lse[2] = {softmax.lse(0), softmax.lse(1)};
+        if (args.params.sinks) {
+            const float sink = args.params.sinks_are_float ? static_cast<const float*>(args.params.sinks)[tile.head]
+                                                           : float(static_cast<const T*>(args.params.sinks)[tile.head]);
+            add_sink(sink, inverse[0], lse[0]);
+            add_sink(sink, inverse[1], lse[1]);
+        }
         const int first_row = group_row(tile) + warp * 16, row = thread_row(tile);
         char* rows = (Traits::kOutOverQ ? shared.q[0][group] : shared.out[group]) + warp * (Traits::kQBytes / 4);
         store_warp_rows<T, Traits::kPanel>(output, inverse, rows, args.out, shape, tile, tile.q_row + first_row,
@@ -200,7 +206,7 @@ struct AttentionFwdConsumer {
                                                  : (int64_t(tile.batch) * shape.heads + tile.head) * shape.q_len;
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-            if (lane % 4 == 0 && row + 8 * h < tile.q_len) args.params.lse[lse_row + row + 8 * h] = softmax.lse(h);
+            if (lane % 4 == 0 && row + 8 * h < tile.q_len) args.params.lse[lse_row + row + 8 * h] = lse[h];
         if (Traits::kOutOverQ) {
             bulk_wait_read();
             __syncwarp();

@@ -93,7 +93,7 @@ void attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream)
     args.v = map("v", params.v, shape, shape.kv_heads, shape.k_len, Traits::kBlockN);
     args.out = {map("out", params.out, shape, shape.heads, shape.q_len, 16), params.out};
     args.params = params;
-    args.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM,
+    args.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM, false,
                                       int64_t(shape.k_len) * HeadDim * 4 * shape.kv_heads / shape.heads, true);
     const unsigned ctas = unsigned(args.order.tiles < params.sm_count ? args.order.tiles : params.sm_count);
     launch<attention_fwd_kernel<T, HeadDim>>("attention_fwd_kernel",

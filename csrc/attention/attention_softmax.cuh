@@ -67,3 +67,13 @@ struct AttentionSoftmax {
         return sum[h] == 0.f ? -INFINITY : kLn2 * fmaf(reference(max[h]), scale, log2f(sum[h]));
     }
 };
+
+// One more score in a row, of no value: from what the row would have without. It may be far above all others.
+GK_DEVICE void add_sink(float sink, float& inverse_sum, float& lse) {
+    constexpr float kLn2 = 0.693147180559945f;
+    const float top = fmaxf(lse, sink);
+    if (top == -INFINITY) return;
+    const float keys = exp2_approx((lse - top) * kLog2E), sum = keys + exp2_approx((sink - top) * kLog2E);
+    inverse_sum *= keys / sum;
+    lse = fmaf(kLn2, log2f(sum), top);
+}

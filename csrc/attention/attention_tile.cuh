@@ -20,16 +20,18 @@ struct AttentionTileOrder {
     int blocks;  // of one head of one batch entry, or of all documents: no fewer than there are
     int section_heads;
     bool from_last_block;
+    bool of_keys;   // whether the rows are keys
     int64_t tiles;  // no fewer than there are
 };
 
 inline AttentionTileOrder attention_tile_order(const AttentionShape& shape, int heads, int rows, int block_rows,
-                                               int64_t bytes_per_head = 0, bool from_last_block = false) {
+                                               bool of_keys, int64_t bytes_per_head = 0, bool from_last_block = false) {
     constexpr int64_t kL2Bytes = 32 << 20;
     const int blocks = shape.cu_seqlens ? rows / block_rows + shape.batch : int(ceil_div(rows, block_rows));
     const int64_t all_heads = (shape.cu_seqlens ? 1 : shape.batch) * int64_t(heads);
     const int64_t section = bytes_per_head ? kL2Bytes / bytes_per_head : all_heads;
-    return {heads, blocks, int(std::clamp(section, int64_t(1), all_heads)), from_last_block, all_heads * blocks};
+    return {heads, blocks, int(std::clamp(section, int64_t(1), all_heads)), from_last_block, of_keys,
+            all_heads * blocks};
 }
 
 // (head_dim, rows, heads, batch), in boxes of one swizzled panel.
@@ -76,6 +78,17 @@ GK_DEVICE void multiply_tiles(float (&scores)[N / 2], uint64_t a, uint64_t b) {
     wgmma_commit();
 }
 
+// Where a document starts, and how many rows it has. Nobody has checked the bounds: wrong ones must not lead outside of
+// the `limit` rows of all documents.
+struct DocumentRows {
+    int first, length;
+};
+
+GK_DEVICE DocumentRows document_rows(const int* cu_seqlens, int document, int limit) {
+    const int first = min(max(cu_seqlens[document], 0), limit);
+    return {first, max(min(cu_seqlens[document + 1], limit) - first, 0)};
+}
+
 // Writes the tile of this index to shared memory, and returns its block. Called by a whole warp, all of which sees it
 // written. `BlockRows` rows of q, or of k, to a block.
 template <int BlockRows>
@@ -85,13 +98,14 @@ GK_DEVICE int locate_tile(const AttentionShape& shape, const AttentionTileOrder&
     int block = -1;
     if (shape.cu_seqlens) {
         const int unit = index / order.heads;
+        const bool own_keys = shape.cu_seqlens_k != nullptr;
+        const int* bounds = own_keys && order.of_keys ? shape.cu_seqlens_k : shape.cu_seqlens;
+        const int limit = order.of_keys ? shape.k_len : shape.q_len;
         for (int base = 0, before = 0; base < shape.batch && block < 0; base += 32) {
             const int document = base + lane;
-            // Bounds that nobody has checked: wrong ones must not lead outside of the rows.
-            const int first = document < shape.batch ? min(max(shape.cu_seqlens[document], 0), shape.k_len) : 0;
-            const int end = document < shape.batch ? min(shape.cu_seqlens[document + 1], shape.k_len) : 0;
-            const int length = max(end - first, 0);
-            const int blocks = (length + BlockRows - 1) / BlockRows;
+            const DocumentRows rows =
+                document < shape.batch ? document_rows(bounds, document, limit) : DocumentRows{0, 0};
+            const int blocks = (rows.length + BlockRows - 1) / BlockRows;
             int through = blocks;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
@@ -102,7 +116,13 @@ GK_DEVICE int locate_tile(const AttentionShape& shape, const AttentionTileOrder&
             if (reached) {
                 const int source = __ffs(reached) - 1, rank = unit - before - (through - blocks);
                 block = order.from_last_block ? blocks - 1 - rank : rank;
-                if (lane == source) *tile = {document, index % order.heads, block, first, first, length, length, 0};
+                if (lane == source) {
+                    const DocumentRows q =
+                        own_keys && order.of_keys ? document_rows(shape.cu_seqlens, document, shape.q_len) : rows;
+                    const DocumentRows k =
+                        own_keys && !order.of_keys ? document_rows(shape.cu_seqlens_k, document, shape.k_len) : rows;
+                    *tile = {document, index % order.heads, block, q.first, k.first, q.length, k.length, 0};
+                }
                 block = __shfl_sync(~0u, block, source);
             }
             before += __shfl_sync(~0u, through, 31);

@@ -9,6 +9,7 @@ from ...remembered import remembered
 from ...torch_library import torch_op
 from .outputs import bwd_outputs, fwd_outputs
 from .record import AttentionCall, strides
+from .sinks import add_sinks, sinks_grad, without_pairs
 
 MAX_TOKENS = 1 << 28
 # The kernels' word for a mask that does not end on one side of the diagonal.
@@ -21,8 +22,9 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"takes float16 and bfloat16, not {q.dtype}"
     if call.dropout > 0:
         return "has no dropout"
-    if call.added():
-        return f"has no {', '.join(call.added())}"
+    for name in ("softcap", "alibi_slopes"):
+        if getattr(call, name) is not None:
+            return f"has no {name}"
     if q.shape[-1] % 8:
         return f"takes head sizes that are multiples of 8, not {q.shape[-1]}"
     if max(x.shape[-2 if x.ndim == 4 else 0] for x in (q, k)) > MAX_TOKENS:
@@ -46,7 +48,11 @@ def describe(call: AttentionCall) -> str:
 
 
 # What only some calls have
-VARIABLES = ("key_start", "cu_seqlens")
+VARIABLES = ("key_start", "cu_seqlens", "cu_seqlens_k")
+
+
+def variables(call: AttentionCall) -> tuple[Tensor | None, ...]:
+    return call.key_start, call.cu_seqlens, call.cu_seqlens_k
 
 
 def shape_numbers(call: AttentionCall) -> dict:
@@ -86,10 +92,13 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """-> out: as q, lse: (B, H, Tq) or (H, T)"""
     out, lse = fwd_outputs(call)
     if call.q.numel() == 0 or call.k.numel() == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        out.zero_(), lse.fill_(-torch.inf)
+        if call.sinks is not None:
+            add_sinks(out, lse, call.sinks)
+        return out, lse
     copies, launch = fwd_launch(call, out=out)
     counter = cuda_library.zeroed_counters(call.q.device)
-    launch(*copies(call.q, call.k, call.v), out, lse, counter, call.key_start, call.cu_seqlens)
+    launch(*copies(call.q, call.k, call.v), out, lse, call.sinks, counter, *variables(call))
     return out, lse
 
 
@@ -97,24 +106,27 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
 def fwd_launch(call: AttentionCall, out: Tensor) -> tuple[Copies, Launch]:
     copies = Copies(call.q, call.k, call.v)
     q, k, v = copies(call.q, call.k, call.v)
-    return copies, prepared("attention_fwd", call, ("lse", "tile_counter"), {}, q=q, k=k, v=v, out=out)
+    numbers = {"sinks_are_float": call.sinks is not None and call.sinks.dtype == torch.float32}
+    others = ("lse", "sinks", "tile_counter")
+    return copies, prepared("attention_fwd", call, others, numbers, q=q, k=k, v=v, out=out)
 
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
     call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v. Those of k and v have the same bits on every
-    run, that of q with a window or `deterministic`."""
-    *grads, dsinks = dq, dk, dv, _ = bwd_outputs(call, dout, out, lse, deterministic)
+    """dout, out: as q, lse, dlse: (B, H, Tq) or (H, T) -> gradients of q, k, v, sinks. All but that of q have the same
+    bits on every run, that of q with a window or `deterministic`."""
     if call.q.numel() == 0 or call.k.numel() == 0:
-        for grad in grads:
-            grad.zero_()
-        return dq, dk, dv, dsinks
+        return without_pairs(call, dout, out, lse, dlse)
+    dq, dk, dv, dsinks = bwd_outputs(call, dout, out, lse, deterministic, dlse)
     copies, workspace_bytes, launch = bwd_launch(call, dout, out, deterministic, grads=(dq, dk, dv))
     workspace = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=call.q.device)
     dout, q, k, v = copies(dout, call.q, call.k, call.v)
-    launch(dout, q, k, v, out, *grads, lse, workspace, call.key_start, call.cu_seqlens)
+    delta = None if call.sinks is None else torch.empty_like(lse)
+    launch(dout, q, k, v, out, dq, dk, dv, lse, dlse, delta, workspace, *variables(call))
+    if call.sinks is not None and dsinks is not None and delta is not None:
+        dsinks.copy_(sinks_grad(call.sinks, lse, delta))
     return dq, dk, dv, dsinks
 
 
@@ -127,8 +139,12 @@ def bwd_launch(
     dout, q, k, v = copies(dout, call.q, call.k, call.v)
     dq, dk, dv = grads
     workspace_bytes = cuda_library.load().attention_bwd_workspace_bytes(
-        VARIABLES, shape_numbers(call), (call.key_start, call.cu_seqlens), hardware.sm_count(q.device)
+        VARIABLES, shape_numbers(call), variables(call), hardware.sm_count(q.device)
     )
     order = {"dq_in_order": dq_in_order(call.window, deterministic)}
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
-    return copies, workspace_bytes, prepared("attention_bwd", call, ("lse", "workspace"), order, **tensors)
+    return (
+        copies,
+        workspace_bytes,
+        prepared("attention_bwd", call, ("lse", "dlse", "delta", "workspace"), order, **tensors),
+    )

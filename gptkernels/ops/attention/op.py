@@ -122,6 +122,7 @@ class AttentionFunction(torch.autograd.Function):
         deterministic = call.deterministic or torch.are_deterministic_algorithms_enabled()
         # A gradient expanded from one number has no contiguous dimension.
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
         *grads, dsinks = ctx.kernels.attention_bwd(call, dout, out, lse, deterministic, dlse)
         grads = (*grads, None if call.sinks is None else dsinks)
         grads = first_order_only("attention", grads, (dout, dlse, *tensors[:4]))

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from .outputs import bwd_outputs
+from .record import AttentionCall
+
 
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     """out: (B, H, Tq, D) or packed (T, H, D), lse: (B, H, Tq) or (H, T): changed in place"""
@@ -25,3 +28,12 @@ def sinks_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     sinks = sinks.float().unsqueeze(-1)
     share = (sinks - lse).exp().masked_fill_(sinks == -torch.inf, 0.0)
     return -(share * delta).sum((0, 2) if lse.ndim == 3 else 1)
+
+
+def without_pairs(call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None):
+    """-> all gradients, of a call without queries or without keys"""
+    *grads, dsinks = bwd_outputs(call, dout, out, lse, True, dlse)
+    dq, dk, dv = (grad.zero_() for grad in grads if grad is not None)
+    if call.sinks is not None and dsinks is not None:
+        dsinks.copy_(sinks_grad(call.sinks, lse, delta_of(dout, out, dlse)))
+    return dq, dk, dv, dsinks

@@ -6,6 +6,7 @@ are, and padding 80 to 128 would cost 60% more.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.language.target_info import cuda_capability_geq
 
 # Sizes that change from call to call: no variant of a kernel is worth compiling for one of them being 1 or 16 * n.
@@ -18,14 +19,16 @@ UNSPECIALIZED = (
     "rows",
     "keys",
     "documents",
-    "window",
+    "behind",
+    "ahead",
+    "slope_stride",
     "drop_below",
 )
 
 
 @triton.jit
 def locate(cu_seqlens_ptr, documents, rows, tile, BLOCK: tl.constexpr):
-    """Packed documents, tile (of all documents') -> its document's first row and length, and its place there.
+    """Packed documents, tile (of all documents') -> its document, and its place there.
 
     Document n's tiles count from start // BLOCK + n: nobody has to add up lengths, and at most one tile too many each
     ends up with nothing to do. Bounds that do not rise from 0 to `rows` give wrong tiles, but none outside of the rows.
@@ -37,9 +40,15 @@ def locate(cu_seqlens_ptr, documents, rows, tile, BLOCK: tl.constexpr):
             low = middle
         else:
             high = middle - 1
-    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low), 0), rows)
-    length = tl.minimum(tl.load(cu_seqlens_ptr + low + 1), rows) - start
-    return start, length, tl.maximum(tile - (start // BLOCK + low), 0)
+    start, _ = rows_of(cu_seqlens_ptr, low, rows)
+    return low, tl.maximum(tile - (start // BLOCK + low), 0)
+
+
+@triton.jit
+def rows_of(cu_seqlens_ptr, document, rows):
+    """-> the document's first row and length"""
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + document), 0), rows)
+    return start, tl.minimum(tl.load(cu_seqlens_ptr + document + 1), rows) - start
 
 
 @triton.jit
@@ -165,29 +174,65 @@ def add_weighted(sum1, sum2, weights, x1, x2, D2: tl.constexpr):
 
 
 @triton.jit
-def sees(position, key, low, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """position, key: shapes that broadcast -> bool, by the rule in visibility.py"""
+def bent(
+    products,
+    position,
+    key,
+    scale,  # as the kernels take it
+    softcap,  # times log2(e)
+    slope,  # times log2(e)
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    PRECISE: tl.constexpr,  # to float32's last bits
+):
+    """products of queries and keys; position, key: shapes that broadcast -> scores in base 2, and with a softcap the
+    derivative by what it bends"""
+    scores = products * scale
+    derivative = scores
+    if SOFTCAP:
+        if PRECISE:
+            tanh = libdevice.tanh(scores / softcap)
+            derivative = 1.0 - tanh * tanh
+        else:
+            # (1 - tanh) / 2 is 1 / (1 + exp(2 x)), exact enough where tanh is near 1 and its derivative near 0.
+            rest = 1.0 / (1.0 + tl.exp2(scores * (2.0 * 1.4426950408889634 / softcap)))
+            tanh = 1.0 - 2.0 * rest
+            derivative = 4.0 * rest * (1.0 - rest)
+        scores = softcap * tanh
+    if ALIBI:
+        scores -= slope * tl.abs(position - key).to(tl.float32)
+    return scores, derivative
+
+
+@triton.jit
+def sees(position, key, low, keys, band, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """position, key: shapes that broadcast, band: (behind, ahead), what distances are below -> bool, by the rule in
+    visibility.py"""
+    behind, ahead = band
     seen = (key >= low) & (key < keys)
     if CAUSAL:
         seen = seen & (key <= position)
-    if WINDOWED:
-        seen = seen & (position - key < window)
-        if not CAUSAL:
-            seen = seen & (key - position < window)
+    if LEFT:
+        seen = seen & (position - key < behind)
+    if RIGHT:
+        seen = seen & (key - position < ahead)
     return seen
 
 
 @triton.jit
-def key_blocks(first, last, low, keys, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_blocks(
+    first, last, low, keys, band, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Queries at positions first ... last -> start, full_start, full_stop, stop, in blocks of keys: the blocks with a
     key that some of them see, and among those the blocks with only keys that all of them see."""
+    behind, ahead = band
     start, full_start, full_stop, stop = low, low, keys, keys
     if CAUSAL:
         full_stop, stop = tl.minimum(keys, first + 1), tl.minimum(keys, last + 1)
-    if WINDOWED:
-        start, full_start = tl.maximum(low, first - window + 1), tl.maximum(low, last - window + 1)
-        if not CAUSAL:
-            full_stop, stop = tl.minimum(keys, first + window), tl.minimum(keys, last + window)
+    if LEFT:
+        start, full_start = tl.maximum(low, first - behind + 1), tl.maximum(low, last - behind + 1)
+    if RIGHT:
+        full_stop, stop = tl.minimum(keys, first + ahead), tl.minimum(keys, last + ahead)
     start = start // BLOCK_N
     stop = tl.maximum(tl.cdiv(tl.maximum(stop, 0), BLOCK_N), start)
     full_start = tl.minimum(tl.cdiv(full_start, BLOCK_N), stop)
@@ -197,18 +242,28 @@ def key_blocks(first, last, low, keys, window, CAUSAL: tl.constexpr, WINDOWED: t
 
 @triton.jit
 def query_blocks(
-    first, last, low, offset, queries, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_M: tl.constexpr
+    first,
+    last,
+    low,
+    offset,
+    queries,
+    band,
+    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     """Keys first ... last, of which those below `low` are padding -> the same for the queries that see them; query i
     is at position i + offset."""
+    behind, ahead = band
     start, full_start, full_stop, stop = 0, 0, queries, queries
     real = tl.maximum(first, low)
     if CAUSAL:
         start, full_start = real - offset, last - offset
-    if WINDOWED:
-        full_stop, stop = real + window - offset, last + window - offset
-        if not CAUSAL:
-            start, full_start = real - window + 1 - offset, last - window + 1 - offset
+    if LEFT:
+        full_stop, stop = real + behind - offset, last + behind - offset
+    if RIGHT:
+        start, full_start = real - ahead + 1 - offset, last - ahead + 1 - offset
     start = tl.maximum(start, 0) // BLOCK_M
     stop = tl.maximum(tl.cdiv(tl.maximum(tl.minimum(stop, queries), 0), BLOCK_M), start)
     stop = tl.where(real > last, start, stop)

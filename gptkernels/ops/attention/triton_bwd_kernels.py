@@ -8,11 +8,13 @@ from ..triton_dropout import kept
 from .triton_blocks import (
     UNSPECIALIZED,
     add_weighted,
+    bent,
     inner_products,
     key_blocks,
     load_head,
     locate,
     query_blocks,
+    rows_of,
     sees,
     store_head,
     tile_and_head,
@@ -40,14 +42,19 @@ def query_grad_block(
     position,  # (BLOCK_M,)
     low,
     keys,
-    window,
+    band,
     scale,
+    softcap,
+    slope,
     dropout_row,  # (BLOCK_M,) int64
     dropout_column,
     drop_below,
     keep_scale,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -60,15 +67,24 @@ def query_grad_block(
     key = first + tl.arange(0, BLOCK_N)
     k1, k2 = load_head(k_head, first, low, keys, D, D1, D2, BLOCK_N, BOUNDARY, TMA)
     v1, v2 = load_head(v_head, first, low, keys, D, D1, D2, BLOCK_N, BOUNDARY, TMA)
-    weights = tl.exp2(inner_products(q1, q2, k1, k2, D2) * scale - lse[:, None])
+    scores = inner_products(q1, q2, k1, k2, D2)
+    if SOFTCAP or ALIBI:
+        precise: tl.constexpr = q1.dtype == tl.float32
+        scores, derivative = bent(
+            scores, position[:, None], key[None, :], scale, softcap, slope, SOFTCAP, ALIBI, precise
+        )
+        scale = 1.0
+    weights = tl.exp2(scores * scale - lse[:, None])
     if BOUNDARY:
-        seen = sees(position[:, None], key[None, :], low, keys, window, CAUSAL, WINDOWED)
+        seen = sees(position[:, None], key[None, :], low, keys, band, CAUSAL, LEFT, RIGHT)
         weights = tl.where(seen, weights, 0.0)
     dweights = inner_products(dout1, dout2, v1, v2, D2)
     if HAS_DROPOUT:
         keep = kept(seed_ptr, dropout_row[:, None], dropout_column + key[None, :], drop_below)
         dweights = tl.where(keep, dweights * keep_scale, 0.0)
     dscores = weights * (dweights - delta[:, None])
+    if SOFTCAP:
+        dscores = dscores * derivative
     return add_weighted(dq1, dq2, dscores, k1, k2, D2)
 
 
@@ -82,10 +98,13 @@ def attention_bwd_dq_kernel(
     v_tma,
     out_ptr,  # as q
     lse_ptr,  # (B, H, Tq) or (H, T) float32
+    dlse_ptr,  # as lse, or unused
     delta_ptr,  # as lse: written here, for the other kernel
     dq_ptr,  # as q
     key_start_ptr,  # (B,) int32 or unused
     cu_seqlens_ptr,  # (N + 1,) int32 or unused
+    cu_seqlens_k_ptr,  # (N + 1,) int32 or unused
+    slopes_ptr,  # (H,) or (B or N, H) float32 or unused
     seed_ptr,  # (1,) int64 or unused
     dout_stride_b,
     dout_stride_h,
@@ -111,16 +130,24 @@ def attention_bwd_dq_kernel(
     heads,
     group,
     rows,  # Tq or T
-    keys,  # Tk, unused when packed
+    keys,  # Tk, or of all documents
     documents,
-    window,
+    behind,
+    ahead,
     scale,  # of the scores, times log2(e)
+    softcap,  # times log2(e)
+    slope_stride,  # of sequences
     drop_below,
     keep_scale,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
     PACKED: tl.constexpr,
+    OWN_KEYS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -133,23 +160,33 @@ def attention_bwd_dq_kernel(
     tile, batch_head = tile_and_head(tiles, batch_heads, section, CAUSAL)
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     start, queries, low = tl.full((), 0, tl.int32), rows, tl.full((), 0, tl.int32)
+    sequence, key_row = b, start
     if PACKED:
-        start, queries, tile = locate(cu_seqlens_ptr, documents, rows, tile, BLOCK_M)
-        keys = queries
+        sequence, tile = locate(cu_seqlens_ptr, documents, rows, tile, BLOCK_M)
+        start, queries = rows_of(cu_seqlens_ptr, sequence, rows)
         if tile * BLOCK_M >= queries:
             return
+        if OWN_KEYS:
+            key_row, keys = rows_of(cu_seqlens_k_ptr, sequence, keys)
+        else:
+            key_row, keys = start, queries
     if HAS_KEY_START:
         low = tl.minimum(tl.maximum(tl.load(key_start_ptr + b), 0), keys)
 
     dout_ptr += b * dout_stride_b + h * dout_stride_h + start.to(tl.int64) * dout_stride_t
     q_ptr += b * q_stride_b + h * q_stride_h + start.to(tl.int64) * q_stride_t
-    k_ptr += b * k_stride_b + h // group * k_stride_h + start.to(tl.int64) * k_stride_t
-    v_ptr += b * v_stride_b + h // group * v_stride_h + start.to(tl.int64) * v_stride_t
+    k_ptr += b * k_stride_b + h // group * k_stride_h + key_row.to(tl.int64) * k_stride_t
+    v_ptr += b * v_stride_b + h // group * v_stride_h + key_row.to(tl.int64) * v_stride_t
     out_ptr += b * out_stride_b + h * out_stride_h + start.to(tl.int64) * out_stride_t
-    place = (b, h // group, start)
+    place = (b, h // group, key_row)
     k_head = ((k_ptr, k_stride_t), k_tma, place)
     v_head = ((v_ptr, v_stride_t), v_tma, place)
     first_row = batch_head.to(tl.int64) * rows + start
+
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes_ptr + sequence * slope_stride + h) * LOG2E
+    band = (behind, ahead)
 
     first = tile * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)
@@ -162,6 +199,8 @@ def attention_bwd_dq_kernel(
     delta = tl.sum(dout1.to(tl.float32) * out1.to(tl.float32), 1)
     if D2 > 0:
         delta += tl.sum(dout2.to(tl.float32) * out2.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + first_row + query, mask=in_rows, other=0.0)
     tl.store(delta_ptr + first_row + query, delta, mask=in_rows)
     q1, q2 = load_head(((q_ptr, q_stride_t), None, None), first, 0, queries, D, D1, D2, BLOCK_M, True, False)
     lse = tl.load(lse_ptr + first_row + query, mask=in_rows, other=float("inf")) * LOG2E
@@ -170,21 +209,21 @@ def attention_bwd_dq_kernel(
     first_position = first + keys - queries
     last_position = tl.minimum(first + BLOCK_M, queries) - 1 + keys - queries
     block, full_start, full_stop, stop = key_blocks(
-        first_position, last_position, low, keys, window, CAUSAL, WINDOWED, BLOCK_N
+        first_position, last_position, low, keys, band, CAUSAL, LEFT, RIGHT, BLOCK_N
     )
     for i in tl.range(full_start, full_stop, num_stages=STAGES):
         dq1, dq2 = query_grad_block(
             dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_head, v_head, seed_ptr, i,
-            position, low, keys, window, scale, first_row + query, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, TMA,
+            position, low, keys, band, scale, softcap, slope, first_row + query, key_row, drop_below, keep_scale,
+            CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, TMA,
         )  # fmt: skip
-    left = full_start - block
-    for i in tl.range(0, left + stop - full_stop, num_stages=STAGES):
+    before = full_start - block
+    for i in tl.range(0, before + stop - full_stop, num_stages=STAGES):
         dq1, dq2 = query_grad_block(
             dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_head, v_head, seed_ptr,
-            tl.where(i < left, block + i, full_stop + i - left),
-            position, low, keys, window, scale, first_row + query, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, TMA,
+            tl.where(i < before, block + i, full_stop + i - before),
+            position, low, keys, band, scale, softcap, slope, first_row + query, key_row, drop_below, keep_scale,
+            CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, TMA,
         )  # fmt: skip
     dq1 = dq1 * (scale * LN2)
     if D2 > 0:
@@ -215,14 +254,19 @@ def key_grad_block(
     offset,
     queries,
     keys,
-    window,
+    band,
     scale,
+    softcap,
+    slope,
     dropout_row,
     dropout_column,
     drop_below,
     keep_scale,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -241,9 +285,16 @@ def key_grad_block(
     else:
         lse, delta = tl.load(lse_ptr + query), tl.load(delta_ptr + query)
     # Keys by queries, so that the sums over queries below take them as they are.
-    weights = tl.exp2(inner_products(k1, k2, q1, q2, D2) * scale - (lse * LOG2E)[None, :])
+    scores = inner_products(k1, k2, q1, q2, D2)
+    if SOFTCAP or ALIBI:
+        precise: tl.constexpr = q1.dtype == tl.float32
+        scores, derivative = bent(
+            scores, (query + offset)[None, :], key[:, None], scale, softcap, slope, SOFTCAP, ALIBI, precise
+        )
+        scale = 1.0
+    weights = tl.exp2(scores * scale - (lse * LOG2E)[None, :])
     if BOUNDARY:
-        seen = sees((query + offset)[None, :], key[:, None], low, keys, window, CAUSAL, WINDOWED)
+        seen = sees((query + offset)[None, :], key[:, None], low, keys, band, CAUSAL, LEFT, RIGHT)
         weights = tl.where(seen & (query < queries)[None, :], weights, 0.0)
     dweights = inner_products(v1, v2, dout1, dout2, D2)
     kept_weights = weights
@@ -254,6 +305,8 @@ def key_grad_block(
         dweights = tl.where(keep, dweights * keep_scale, 0.0)
     dv1, dv2 = add_weighted(dv1, dv2, kept_weights, dout1, dout2, D2)
     dscores = weights * (dweights - delta[None, :])
+    if SOFTCAP:
+        dscores = dscores * derivative
     dk1, dk2 = add_weighted(dk1, dk2, dscores, q1, q2, D2)
     return dk1, dk2, dv1, dv2
 
@@ -272,6 +325,8 @@ def attention_bwd_dkdv_kernel(
     dv_ptr,  # as k
     key_start_ptr,  # (B,) int32 or unused
     cu_seqlens_ptr,  # (N + 1,) int32 or unused
+    cu_seqlens_k_ptr,  # (N + 1,) int32 or unused
+    slopes_ptr,  # (H,) or (B or N, H) float32 or unused
     seed_ptr,  # (1,) int64 or unused
     dout_stride_b,
     dout_stride_h,
@@ -297,16 +352,23 @@ def attention_bwd_dkdv_kernel(
     heads,  # Hkv
     group,
     rows,  # Tq or T
-    keys,  # Tk, unused when packed
+    keys,  # Tk, or of all documents
     documents,
-    window,
+    behind,
+    ahead,
     scale,  # of the scores, times log2(e)
+    softcap,  # times log2(e)
+    slope_stride,  # of sequences
     drop_below,
     keep_scale,
     CAUSAL: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
     HAS_KEY_START: tl.constexpr,
     PACKED: tl.constexpr,
+    OWN_KEYS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
@@ -319,9 +381,16 @@ def attention_bwd_dkdv_kernel(
     tile, batch_head = tile_and_head(tiles, batch_heads, section, False)
     b, h = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
     start, queries, low = tl.full((), 0, tl.int32), rows, tl.full((), 0, tl.int32)
+    sequence, key_row = b, start
     if PACKED:
-        start, queries, tile = locate(cu_seqlens_ptr, documents, rows, tile, BLOCK_N)
-        keys = queries
+        if OWN_KEYS:
+            sequence, tile = locate(cu_seqlens_k_ptr, documents, keys, tile, BLOCK_N)
+            key_row, keys = rows_of(cu_seqlens_k_ptr, sequence, keys)
+            start, queries = rows_of(cu_seqlens_ptr, sequence, rows)
+        else:
+            sequence, tile = locate(cu_seqlens_ptr, documents, rows, tile, BLOCK_N)
+            start, queries = rows_of(cu_seqlens_ptr, sequence, rows)
+            key_row, keys = start, queries
         if tile * BLOCK_N >= keys:
             return
     if HAS_KEY_START:
@@ -329,8 +398,8 @@ def attention_bwd_dkdv_kernel(
 
     dout_ptr += b * dout_stride_b + start.to(tl.int64) * dout_stride_t
     q_ptr += b * q_stride_b + start.to(tl.int64) * q_stride_t
-    k_ptr += b * k_stride_b + h * k_stride_h + start.to(tl.int64) * k_stride_t
-    v_ptr += b * v_stride_b + h * v_stride_h + start.to(tl.int64) * v_stride_t
+    k_ptr += b * k_stride_b + h * k_stride_h + key_row.to(tl.int64) * k_stride_t
+    v_ptr += b * v_stride_b + h * v_stride_h + key_row.to(tl.int64) * v_stride_t
 
     first = tile * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
@@ -341,40 +410,48 @@ def attention_bwd_dkdv_kernel(
     dv1, dv2 = zeros_head(BLOCK_N, D1, D2)
     last = tl.minimum(first + BLOCK_N, keys) - 1
     block, full_start, full_stop, stop = query_blocks(
-        first, last, low, offset, queries, window, CAUSAL, WINDOWED, BLOCK_M
+        first, last, low, offset, queries, (behind, ahead), CAUSAL, LEFT, RIGHT, BLOCK_M
     )
     # All blocks of one query head after the other, in one loop: two nested ones would need twice the registers.
     first_head = b * heads * group + h * group
     full = tl.maximum(full_stop - full_start, 1)
     for i in tl.range(0, (full_stop - full_start) * group, num_stages=STAGES):
         head, first_row = h * group + i // full, (first_head + i // full) * rows + start
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + sequence * slope_stride + head) * LOG2E
         dout_head = ((dout_ptr + head * dout_stride_h, dout_stride_t), dout_tma, (b, head, start))
         q_head = ((q_ptr + head * q_stride_h, q_stride_t), q_tma, (b, head, start))
         dk1, dk2, dv1, dv2 = key_grad_block(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_head, q_head,
             lse_ptr + first_row, delta_ptr + first_row, seed_ptr, full_start + i % full,
-            key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, False, TMA,
+            key, low, offset, queries, keys, (behind, ahead), scale, softcap, slope, first_row, key_row,
+            drop_below, keep_scale,
+            CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_M, False, TMA,
         )  # fmt: skip
-    left = full_start - block
-    boundary = tl.maximum(left + stop - full_stop, 1)
+    before = full_start - block
+    boundary = tl.maximum(before + stop - full_stop, 1)
     # Blocks on their way while others are worked on take registers too, which the mask needs.
     BOUNDARY_STAGES: tl.constexpr = 1 if TMA and D1 == 128 and D2 == 0 else STAGES
-    for i in tl.range(0, (left + stop - full_stop) * group, num_stages=BOUNDARY_STAGES):
+    for i in tl.range(0, (before + stop - full_stop) * group, num_stages=BOUNDARY_STAGES):
         head, first_row, j = h * group + i // boundary, (first_head + i // boundary) * rows + start, i % boundary
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_ptr + sequence * slope_stride + head) * LOG2E
         dout_head = ((dout_ptr + head * dout_stride_h, dout_stride_t), dout_tma, (b, head, start))
         q_head = ((q_ptr + head * q_stride_h, q_stride_t), q_tma, (b, head, start))
         dk1, dk2, dv1, dv2 = key_grad_block(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_head, q_head,
             lse_ptr + first_row, delta_ptr + first_row, seed_ptr,
-            tl.where(j < left, block + j, full_stop + j - left),
-            key, low, offset, queries, keys, window, scale, first_row, start, drop_below, keep_scale,
-            CAUSAL, WINDOWED, HAS_DROPOUT, D, D1, D2, BLOCK_M, True, TMA,
+            tl.where(j < before, block + j, full_stop + j - before),
+            key, low, offset, queries, keys, (behind, ahead), scale, softcap, slope, first_row, key_row,
+            drop_below, keep_scale,
+            CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_M, True, TMA,
         )  # fmt: skip
     dk1 = dk1 * (scale * LN2)
     if D2 > 0:
         dk2 = dk2 * (scale * LN2)
-    dk_ptr += b * dk_stride_b + h * dk_stride_h + start.to(tl.int64) * dk_stride_t
+    dk_ptr += b * dk_stride_b + h * dk_stride_h + key_row.to(tl.int64) * dk_stride_t
     store_head(dk_ptr, first, dk_stride_t, keys, dk1, dk2, D, D1, D2)
-    dv_ptr += b * dv_stride_b + h * dv_stride_h + start.to(tl.int64) * dv_stride_t
+    dv_ptr += b * dv_stride_b + h * dv_stride_h + key_row.to(tl.int64) * dv_stride_t
     store_head(dv_ptr, first, dv_stride_t, keys, dv1, dv2, D, D1, D2)

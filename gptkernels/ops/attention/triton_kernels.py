@@ -12,6 +12,7 @@ from ...tuning import choices
 from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
 from .record import AttentionCall, strides
+from .sinks import sinks_grad, without_pairs
 from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
 from .triton_fwd_kernel import attention_fwd_kernel
 from .triton_launch import head_parts, launch_row
@@ -25,10 +26,6 @@ MAX_FLOAT32_HEAD_SIZE = 128
 
 
 def unsupported(call: AttentionCall) -> str | None:
-    if call.added():
-        return f"has no {', '.join(call.added())}"
-    if call.left != call.right and (call.right or (call.right is None and call.left is not None)):
-        return "has no windows of two sides"
     if call.q.element_size() == 4 and call.q.shape[-1] > MAX_FLOAT32_HEAD_SIZE:
         return f"takes float32 head sizes up to {MAX_FLOAT32_HEAD_SIZE}, not {call.q.shape[-1]}"
     if OLD_TRITON and 128 < call.q.shape[-1] <= 192 and 100 <= hardware.arch(call.q.device) < 120:
@@ -38,7 +35,8 @@ def unsupported(call: AttentionCall) -> str | None:
 
 def variables(call: AttentionCall) -> tuple[Tensor, ...]:
     """What not every call has: with q in place of those that are absent, which kernels do not read"""
-    return tuple(call.q if x is None else x for x in (call.key_start, call.cu_seqlens, call.seed))
+    tensors = call.key_start, call.cu_seqlens, call.cu_seqlens_k, call.alibi_slopes, call.seed
+    return tuple([call.q if x is None else x for x in tensors])
 
 
 def shared_arguments(call: AttentionCall):
@@ -46,15 +44,22 @@ def shared_arguments(call: AttentionCall):
     q, k, packed = call.q, call.k, call.cu_seqlens is not None
     rows, keys = (q.shape[0], k.shape[0]) if packed else (q.shape[2], k.shape[2])
     documents = 0 if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
-    window = None if call.window is None else min(call.window, rows + keys)
     d1, d2 = head_parts(q.shape[-1], q.element_size())
     dropped = threshold(call.dropout), 1 / (1 - call.dropout)
-    sizes = (rows, keys, documents, window or 0, call.scale * LOG2E, *dropped)
+    behind, ahead = (0 if side is None else min(side + 1, rows + keys) for side in (call.left, call.right))
+    slopes = call.alibi_slopes
+    slope_stride = slopes.stride(0) if slopes is not None and slopes.ndim == 2 else 0
+    bending = call.scale * LOG2E, (call.softcap or 0.0) * LOG2E, slope_stride
+    sizes = (rows, keys, documents, behind, ahead, *bending, *dropped)
     flags = {
         "CAUSAL": call.causal,
-        "WINDOWED": window is not None,
+        "LEFT": call.left is not None,
+        "RIGHT": bool(call.right),
+        "SOFTCAP": call.softcap is not None,
+        "ALIBI": slopes is not None,
         "HAS_KEY_START": call.key_start is not None,
         "PACKED": packed,
+        "OWN_KEYS": call.cu_seqlens_k is not None,
         "HAS_DROPOUT": call.dropout > 0,
         "D": q.shape[-1],
         "D1": d1,
@@ -126,7 +131,8 @@ def attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
         return out, lse
     launch, k_parts, v_parts = fwd_launch(call, out=out)
     with hardware.on_device(q.device):
-        launch(q, k, v, described(k_parts, k), described(v_parts, v), out, lse, *variables(call))
+        sinks = q if call.sinks is None else call.sinks
+        launch(q, k, v, described(k_parts, k), described(v_parts, v), out, lse, sinks, *variables(call))
     return out, lse
 
 
@@ -139,6 +145,7 @@ def fwd_launch(call: AttentionCall, out: Tensor):
     group = q.shape[1] // k.shape[1]
     programs, grid = grid_arguments(q, call.cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
     scalars = (*strides(q), *strides(k), *strides(v), *strides(out), *grid, q.shape[1], group, *sizes)
+    flags["HAS_SINKS"] = call.sinks is not None
     launch = Launch(attention_fwd_kernel, (programs,), scalars, **flags, **row)
     return launch, *(templates(descriptors(x, row, "BLOCK_N")) for x in (k, v))
 
@@ -147,30 +154,34 @@ def fwd_launch(call: AttentionCall, out: Tensor):
 def attention_bwd(
     call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dout, out: as q, lse: (B, H, Tq) or (H, T) -> gradients of q, k, v. The same on every run, with `deterministic`
-    or without."""
-    *grads, dsinks = dq, dk, dv, _ = bwd_outputs(call, dout, out, lse, deterministic)
+    """dout, out: as q, lse, dlse: (B, H, Tq) or (H, T) -> gradients of q, k, v, sinks. The same on every run, with
+    `deterministic` or without."""
     q, k, v = call.q, call.k, call.v
     if q.numel() == 0 or k.numel() == 0:
-        for grad in grads:
-            grad.zero_()
-        return dq, dk, dv, dsinks
+        return without_pairs(call, dout, out, lse, dlse)
+    dq, dk, dv, dsinks = bwd_outputs(call, dout, out, lse, deterministic, dlse)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = empty_like(lse)
-    of_q, k_parts, v_parts, of_keys, dout_parts, q_parts = bwd_launches(call, dout, out, grads=(dq, dk, dv))
+    of_q, k_parts, v_parts, of_keys, dout_parts, q_parts = bwd_launches(call, dout, out, dlse, grads=(dq, dk, dv))
     others = variables(call)
+    dlse_or_q = q if dlse is None else dlse
     with hardware.on_device(q.device):
-        of_q(dout, q, k, v, described(k_parts, k), described(v_parts, v), out, lse, delta, dq, *others)
+        of_q(dout, q, k, v, described(k_parts, k), described(v_parts, v), out, lse, dlse_or_q, delta, dq, *others)
         of_keys(dout, q, k, v, described(dout_parts, dout), described(q_parts, q), lse, delta, dk, dv, *others)
+    if call.sinks is not None and dsinks is not None:
+        dsinks.copy_(sinks_grad(call.sinks, lse, delta))
     return dq, dk, dv, dsinks
 
 
 @remembered
-def bwd_launches(call: AttentionCall, dout: Tensor, out: Tensor, grads: tuple[Tensor, ...]):
-    return *dq_launch(call, dout, out, grads[0]), *dkdv_launch(call, dout, *grads[1:])
+def bwd_launches(
+    call: AttentionCall, dout: Tensor, out: Tensor, dlse: Tensor | None, grads: tuple[Tensor, Tensor, Tensor]
+):
+    dq, dk, dv = grads
+    return *dq_launch(call, dout, out, dq, dlse is not None), *dkdv_launch(call, dout, dk, dv)
 
 
-def dq_launch(call: AttentionCall, dout: Tensor, out: Tensor, dq: Tensor):
+def dq_launch(call: AttentionCall, dout: Tensor, out: Tensor, dq: Tensor, has_dlse: bool):
     """-> the launch, and descriptors of k and v where it takes them"""
     q, k, v = call.q, call.k, call.v
     sizes, flags = shared_arguments(call)
@@ -179,6 +190,7 @@ def dq_launch(call: AttentionCall, dout: Tensor, out: Tensor, dq: Tensor):
     row = measured_row("dq", call, may)
     group = q.shape[1] // k.shape[1]
     programs, grid = grid_arguments(q, call.cu_seqlens, row["BLOCK_M"], bytes_of_head(k) // group)
+    flags["HAS_DLSE"] = has_dlse
     steps = [step for x in (dout, q, k, v, out, dq) for step in strides(x)]
     launch = Launch(attention_bwd_dq_kernel, (programs,), (*steps, *grid, q.shape[1], group, *sizes), **flags, **row)
     return launch, *(templates(descriptors(x, row, "BLOCK_N")) for x in (k, v))
@@ -191,7 +203,7 @@ def dkdv_launch(call: AttentionCall, dout: Tensor, dk: Tensor, dv: Tensor):
     may = call.cu_seqlens is None and addressable(dout, q)
     row = measured_row("dkdv", call, may)
     group = q.shape[1] // k.shape[1]
-    programs, grid = grid_arguments(k, call.cu_seqlens, row["BLOCK_N"], bytes_of_head(q) * group)
+    programs, grid = grid_arguments(k, call.key_bounds(), row["BLOCK_N"], bytes_of_head(q) * group)
     steps = [step for x in (dout, q, k, v, dk, dv) for step in strides(x)]
     launch = Launch(attention_bwd_dkdv_kernel, (programs,), (*steps, *grid, k.shape[1], group, *sizes), **flags, **row)
     return launch, *(templates(descriptors(x, row, "BLOCK_M")) for x in (dout, q))
