@@ -106,12 +106,11 @@ def first_layer_grads(
     if grad_gate is None or grad_up is None:
         return None, None, None, None, None
     if partials is None:
-        sums = (column_sum(g) if needed else None for g, needed in zip((grad_gate, grad_up), needs[3:5], strict=True))
+        gate_bias, up_bias = (column_sum(g) if n else None for g, n in ((grad_gate, needs[3]), (grad_up, needs[4])))
     else:
-        sums = (
-            s.to(grad_gate.dtype) if needed else None for s, needed in zip(partials.sum(1), needs[3:5], strict=True)
-        )
-    gate_bias, up_bias = sums
+        # Copied: the sum of one row may be that row, and two results must not be parts of one tensor.
+        sums = (rows.sum(0).to(grad_gate.dtype, copy=True) for rows in partials)
+        gate_bias, up_bias = (each if needed else None for each, needed in zip(sums, needs[3:5], strict=True))
     return (
         sum_of_products(grad_gate, call.gate_weight, grad_up, call.up_weight) if needs[0] else None,
         weight_grad(grad_gate, call.x, call.gate_weight, gate_sum) if needs[1] else None,

@@ -13,11 +13,11 @@ from .. import checks
 from ..autocast import autocast
 from ..mlp.op import SAVE, check_biases, check_residual, check_weights, sum_of
 from ..rows import as_rows, check_rows, contiguous_rows
-from . import eager, native
+from . import cuda_kernels, eager, native, triton_kernels
 from .record import GatedMlpCall
 from .reference import ACTIVATIONS as FORMULAS
 
-BACKENDS = {"eager": eager, "torch": native}
+BACKENDS = {"cuda": cuda_kernels, "triton": triton_kernels, "eager": eager, "torch": native}
 ACTIVATIONS = tuple(FORMULAS)
 
 

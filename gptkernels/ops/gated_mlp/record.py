@@ -1,6 +1,7 @@
 """What a call of the gated MLP travels as, from the op to the kernels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from ...records import Record
 @dataclass(slots=True, eq=False)
 class GatedMlpCall(Record):
     """As gated_mlp takes it, in rows that are evenly spaced."""
+
+    OP: ClassVar[str] = "gated_mlp"
 
     x: Tensor  # (M, d)
     gate_weight: Tensor  # (hidden, d), rows as far apart as those of a packed matrix are
