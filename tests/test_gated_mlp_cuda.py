@@ -1,22 +1,20 @@
 """The gated MLP's CUDA kernels: parity, schedules, what they execute, and planted bugs."""
 
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from conftest import skip_without_library
-from kernel_variants import Builder, source, using
+from kernel_variants import Builder, source
+from mlp_build import CPU, works
 from test_gated_mlp import ACTIVATIONS, across_the_limits, assert_gated_parity, make
 from test_mlp_cuda import hopper, library
 
 import gptkernels as gk
 from gptkernels import cuda_build, cuda_library, simulator
 from gptkernels.ops.gated_mlp import cuda_kernels
-from gptkernels.parity import ParityError
 
 __all__ = ["hopper", "library"]  # fixtures
-CPU = SimpleNamespace(device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("save", ["all", "preact", "input"])
@@ -162,23 +160,10 @@ def changed(file: str, old: str, new: str) -> dict[str, str]:
     return {file: text.replace(old, new)}
 
 
-def works(path) -> bool:
-    for seed in range(4):
-        torch.manual_seed(seed)
-        tensors = across_the_limits(make(CPU, 290, 136, 264, torch.bfloat16, residual=True))
-        with using(path), simulator.use(arch=90, seed=seed):
-            try:
-                for save in ("preact", "all"):
-                    assert_gated_parity(tensors, "cuda", "gpt_oss", save)
-            except (ParityError, RuntimeError):
-                return False
-    return True
-
-
 def test_planted_bugs_are_caught(library, tmp_path):
     if simulator.cuda_unavailable() or not cuda_build.find_nvcc():
         pytest.skip(simulator.cuda_unavailable() or "nvcc was not found")
     builder = Builder(tmp_path, "gated_mlp")
-    assert works(builder.build("unchanged", {}))
-    lives = [name for name, planted in PLANTED.items() if works(builder.build(name, changed(*planted)))]
+    assert works(builder.build("unchanged", {}), "gated_mlp")
+    lives = [n for n, planted in PLANTED.items() if works(builder.build(n, changed(*planted)), "gated_mlp")]
     assert lives == []

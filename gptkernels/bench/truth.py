@@ -25,6 +25,7 @@ ROWS = {
     "rms_norm": ("x",),
     "add_rms_norm": ("x", "residual"),
     "mlp": ("x",),
+    "gated_mlp": ("x",),
     "linear_cross_entropy": ("x", "targets"),
 }
 # What plain PyTorch is, where that is not the reference in the case's dtype.
@@ -34,7 +35,7 @@ PLAIN: dict[str, Callable] = {
     "rms_norm": plain_rms_norm,
     "add_rms_norm": plain_add_rms_norm,
 }
-WIDEST = {**dict.fromkeys(NORMS, "N"), "mlp": "F", "linear_cross_entropy": "V"}
+WIDEST = {**dict.fromkeys(NORMS, "N"), "mlp": "F", "gated_mlp": "F", "linear_cross_entropy": "V"}
 
 
 @dataclass
