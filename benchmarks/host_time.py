@@ -38,6 +38,7 @@ GOALS_US = {
     ("attention", "cuda"): 40,
     ("attention", "triton"): 60,
     ("mlp", "cuda"): 40,
+    ("gated_mlp", "cuda"): 40,
     ("decode_attention", "triton"): 40,
 }
 
@@ -71,6 +72,7 @@ def ours() -> Iterator[tuple[str, str, dict[str, Callable]]]:
     norm = leaf(64, 1024), leaf(1024), leaf(1024)
     heads = [leaf(2, 8, 128, 64) for _ in range(3)]
     layers = leaf(16, 512), leaf(2048, 512), leaf(2048), leaf(512, 2048), leaf(512)
+    gated = leaf(16, 512), leaf(2048, 512), leaf(2048, 512), leaf(512, 2048)
     for backend in ("cuda", "triton"):
         named = {"backend": backend}
         yield "layer_norm", backend, both(lambda *t, o=named: gk.layer_norm(*t, **o), *norm)
@@ -78,6 +80,8 @@ def ours() -> Iterator[tuple[str, str, dict[str, Callable]]]:
         yield "attention", backend, both(lambda *t, o=named: gk.attention(*t, **o), *heads)
         forward = both(lambda *t, o=named: gk.mlp(*t, **o), *layers)["forward"]
         yield "mlp", backend, {"forward": forward}  # backward's products are PyTorch's own, and run here
+        forward = both(lambda *t, o=named: gk.gated_mlp(*t, **o), *gated)["forward"]
+        yield "gated_mlp", backend, {"forward": forward}
     q, cache = torch.randn(2, 8, 1, 64).bfloat16(), torch.randn(2, 2, 512, 64).bfloat16()
     lengths = torch.full((2,), 100, dtype=torch.int32)
     decode = functools.partial(gk.decode_attention, q, cache, cache, lengths, backend="triton")

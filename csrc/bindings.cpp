@@ -123,6 +123,17 @@ void read(Fields& fields, MlpBwdParams& p) {
         FIELD(dout_stride) FIELD(activation) FIELD(dtype) FIELD(sm_count);
 }
 
+void read(Fields& fields, GatedMlpFwdParams& p) {
+    fields FIELD(a) FIELD(gate_weight) FIELD(up_weight) FIELD(gate_bias) FIELD(up_bias) FIELD(gate) FIELD(up) FIELD(out)
+        FIELD(M) FIELD(N) FIELD(K) FIELD(a_stride) FIELD(gate_stride) FIELD(up_stride) FIELD(activation) FIELD(dtype)
+            FIELD(sm_count);
+}
+
+void read(Fields& fields, GatedMlpBwdParams& p) {
+    fields FIELD(dout) FIELD(weight) FIELD(gate) FIELD(up) FIELD(act) FIELD(grad_gate) FIELD(grad_up) FIELD(partials)
+        FIELD(M) FIELD(N) FIELD(K) FIELD(dout_stride) FIELD(activation) FIELD(dtype) FIELD(sm_count);
+}
+
 // -> what makes the params of tensors, in the order of their names
 template <class Params>
 auto prepared(const py::tuple& names, const py::dict& numbers) {
@@ -176,4 +187,6 @@ PYBIND11_MODULE(_cuda, m) {
     define(m, "rms_norm_bwd", &rms_norm_bwd);
     define(m, "mlp_fwd", &mlp_fwd);
     define(m, "mlp_bwd", &mlp_bwd);
+    define(m, "gated_mlp_fwd", &gated_mlp_fwd);
+    define(m, "gated_mlp_bwd", &gated_mlp_bwd);
 }

@@ -1,4 +1,4 @@
-"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, RMSNorm, MLP and loss, in Triton and CUDA C++.
+"""Fused kernels for GPTs: attention (dense and banded), LayerNorm, RMSNorm, MLPs and loss, in Triton and CUDA C++.
 
 import gptkernels as gk
 y = gk.layer_norm(x, weight, bias)                    # the fastest backend that supports the call
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .dispatch import UnsupportedError, explain
     from .models import GPT, GPTConfig
     from .ops.attention import attention, decode_attention
+    from .ops.gated_mlp import gated_mlp
     from .ops.layer_norm import add_layer_norm, layer_norm
     from .ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
     from .ops.mlp import mlp
@@ -33,6 +34,7 @@ __all__ = [
     "decode_attention",
     "explain",
     "flash_attn",
+    "gated_mlp",
     "hf",
     "layer_norm",
     "linear_cross_entropy",
@@ -56,6 +58,7 @@ _HOMES = {
     "attention": "ops.attention",
     "decode_attention": "ops.attention",
     "explain": "dispatch",
+    "gated_mlp": "ops.gated_mlp",
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
     "linear_log_probs": "ops.linear_cross_entropy",

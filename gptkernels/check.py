@@ -1,5 +1,6 @@
 """`gptkernels check`: every op, backend and dtype against the float64 reference, on fresh random inputs."""
 
+import itertools
 import json
 import math
 import time
@@ -19,6 +20,8 @@ from .files import write_text
 from .ops.attention import attention, decode_attention
 from .ops.attention import reference as attention_reference
 from .ops.dropout import draw_seed
+from .ops.gated_mlp import gated_mlp
+from .ops.gated_mlp import reference as gated_mlp_reference
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.layer_norm import reference as layer_norm_reference
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
@@ -199,6 +202,15 @@ def mlp_cases(small: bool) -> Iterator[Case]:
             yield Case(label, mlp, mlp_reference.mlp, shapes, {"activation": activation})
 
 
+def gated_mlp_cases(small: bool) -> Iterator[Case]:
+    sizes = [(40, 64, 136), (33, 72, 200)] if small else [(1000, 768, 2048), (4096, 2048, 5632), (333, 4096, 14336)]
+    for (rows, d, hidden), activation in itertools.product(sizes, ("silu", "gelu_tanh")):
+        shapes: Shapes = {"x": (rows, d), "gate_weight": (hidden, d), "up_weight": (hidden, d), "gate_bias": (hidden,)}
+        shapes |= {"up_bias": (hidden,), "down_weight": (d, hidden), "residual": (rows, d)}
+        label = f"{rows} x {d} x {hidden}, {activation}"
+        yield Case(label, gated_mlp, gated_mlp_reference.gated_mlp, shapes, {"activation": activation})
+
+
 def linear_cross_entropy_cases(small: bool) -> Iterator[Case]:
     sizes = [(40, 64, 1003), (7, 48, 5001)] if small else [(1000, 768, 50257), (4096, 1024, 30000)]
     for rows, d, vocabulary in sizes:
@@ -258,6 +270,7 @@ CASES = {
     "decode_attention": decode_attention_cases,
     "rope": rope_cases,
     "mlp": mlp_cases,
+    "gated_mlp": gated_mlp_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "linear_log_probs": linear_log_probs_cases,
 }

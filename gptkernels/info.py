@@ -11,6 +11,7 @@ from rich.table import Table
 
 from . import __version__, cuda_build, cuda_library, dispatch, simulator
 from .ops.attention import attention, decode_attention
+from .ops.gated_mlp import gated_mlp
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.mlp import mlp
@@ -67,6 +68,7 @@ def samples(device: torch.device) -> dict:
         "attention": (attention, (q, q, q)),
         "decode_attention": (decode_attention, (q, q, q, torch.full((1,), 16, dtype=torch.int32, device=device))),
         "mlp": (mlp, (x, fc_weight, None, proj_weight, None)),
+        "gated_mlp": (gated_mlp, (x, fc_weight, fc_weight, proj_weight)),
         "linear_cross_entropy": (linear_cross_entropy, (x, x, torch.zeros(128, dtype=torch.int64, device=device))),
     }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.attention import attention
+from .ops.gated_mlp import gated_mlp
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.mlp import mlp
 from .ops.rms_norm import add_rms_norm, rms_norm
@@ -90,6 +91,44 @@ class MLP(nn.Module):
             self.fc.bias,
             self.proj.weight,
             self.proj.bias,
+            activation=self.activation,
+            residual=residual,
+            save=self.save,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, save={self.save}"
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), with no more of it stored than `save` says."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool = False,
+        activation: str = "silu",
+        save: str = "preact",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, hidden, bias), nn.Linear(width, hidden, bias)
+        self.down = nn.Linear(hidden, width, bias)
+        self.activation, self.save, self.backend = activation, save, backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x, residual: (..., width) -> (..., width)"""
+        return gated_mlp(
+            x,
+            self.gate.weight,
+            self.up.weight,
+            self.down.weight,
+            gate_bias=self.gate.bias,
+            up_bias=self.up.bias,
+            down_bias=self.down.bias,
             activation=self.activation,
             residual=residual,
             save=self.save,

@@ -54,29 +54,48 @@ int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count)
     "mlp": {
         "fwd_bwd": """
 #include "mlp/mlp_kernel.cuh"
-void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { mlp_fwd_launch<__nv_bfloat16>(p, stream); }
-void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { mlp_bwd_launch<__nv_bfloat16>(p, stream); }
+using T = __nv_bfloat16;
+void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) {
+    if (p.activation == Activation::kNone) return mlp_fwd_launch<T, Activation::kNone>(p, stream);
+    mlp_fwd_launch<T, Activation::kGeluTanh>(p, stream);
+}
+void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { mlp_bwd_launch<T, Activation::kGeluTanh>(p, stream); }
+"""
+    },
+    # gpt-oss's, which does all that the others do
+    "gated_mlp": {
+        "fwd_bwd": """
+#include "mlp/mlp_kernel.cuh"
+using T = __nv_bfloat16;
+void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { mlp_fwd_launch<T, Activation::kNone>(p, stream); }
+void gated_mlp_fwd(const GatedMlpFwdParams& p, cudaStream_t stream) {
+    gated_mlp_fwd_launch<T, Activation::kGptOss>(p, stream);
+}
+void gated_mlp_bwd(const GatedMlpBwdParams& p, cudaStream_t stream) {
+    gated_mlp_bwd_launch<T, Activation::kGptOss>(p, stream);
+}
 """
     },
 }
-OPS = ("attention", "cross_entropy", "layer_norm", "mlp")
+FOLDERS = ("attention", "cross_entropy", "layer_norm", "mlp")
 
 
 def source(op: str, file: str) -> str:
     return (cuda_build.source_directory() / op / file).read_text()
 
 
+def folder_of(op: str) -> str:
+    return "mlp" if op == "gated_mlp" else op
+
+
 def placeholders(op: str) -> str:
     """Functions of the other ops, which the bindings name too."""
-    text = "#include <cstdlib>\n"
-    for other in OPS:
-        if other == op:
-            continue
-        header = source(other, f"{other}.h")
-        text += f'#include "{other}/{other}.h"\n'
-        text += "".join(
-            f"{declared} {{ std::abort(); }}\n" for declared in re.findall(r"^(\w+ \w+\([^;]*\));", header, re.M)
-        )
+    text, own = "#include <cstdlib>\n", "".join(ENTRY_POINTS[op].values())
+    for folder in FOLDERS:
+        text += f'#include "{folder}/{folder}.h"\n'
+        for declared, name in re.findall(r"^(\w+ (\w+)\([^;]*\));", source(folder, f"{folder}.h"), re.M):
+            if f" {name}(const " not in own:
+                text += f"{declared} {{ std::abort(); }}\n"
     return text
 
 
@@ -106,9 +125,11 @@ class Builder:
 
     def build(self, name: str, edits: dict[str, str]) -> Path:
         """edits: texts of files of the op that replace the real ones. -> the library"""
-        originals = cuda_build.source_directory() / self.op
+        originals = cuda_build.source_directory() / folder_of(self.op)
         for original in originals.glob("*.cuh"):
-            (self.folder / "csrc" / self.op / original.name).write_text(edits.get(original.name, original.read_text()))
+            (self.folder / "csrc" / folder_of(self.op) / original.name).write_text(
+                edits.get(original.name, original.read_text())
+            )
         kernels = [self.part(part, name, edits) for part in ENTRY_POINTS[self.op]]
         library = self.folder / f"{name}.so"
         subprocess.run(

@@ -13,6 +13,7 @@ from pathlib import Path
 from kernel_variants import Builder, source
 from mlp_build import works
 
+OPS = ("mlp", "gated_mlp")
 FILES = ("mlp_kernel.cuh", "mlp_epilogue.cuh")
 STATEMENT = re.compile(
     r"(?<!auto )\b(mbarrier_wait|mbarrier_arrive_expect|mbarrier_arrive_remote|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
@@ -42,9 +43,9 @@ def mutants() -> list[tuple[str, int, str, str | None, str]]:
     return found
 
 
-def survives(library: Path) -> bool:
+def survives(library: Path, op: str) -> bool:
     """Whether its kernels pass, in a process of their own: a hang counts as caught."""
-    command = [sys.executable, os.path.abspath(__file__), "--run", str(library)]
+    command = [sys.executable, os.path.abspath(__file__), "--run", str(library), "--op", op]
     try:
         return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode == 0
     except subprocess.TimeoutExpired:
@@ -54,16 +55,18 @@ def survives(library: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
+    parser.add_argument("--op", choices=OPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        return 0 if works(arguments.run) else 1
+        return 0 if works(arguments.run, arguments.op) else 1
     caught, harmless, missed = 0, 0, []
     with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
-        builder = Builder(Path(name), "mlp")
-        if not survives(builder.build("unchanged", {})):
+        builders = {op: Builder(Path(name) / op, op) for op in OPS}
+        if not all(survives(builder.build("unchanged", {}), op) for op, builder in builders.items()):
             sys.exit("the kernels fail without any change")
         for file, line, removed, reason, text in mutants():
-            lives = survives(builder.build(f"line_{line}", {file: text}))
+            edits = {file: text}
+            lives = all(survives(builder.build(f"line_{line}", edits), op) for op, builder in builders.items())
             caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
             if lives and not reason:
                 missed.append(f"{file}:{line}: {removed}")

@@ -27,6 +27,7 @@ TINY = {
     "mlp": {"M": 21, "N": 16},
     "linear_cross_entropy": {"M": 21, "N": 16, "V": 101, "C": 5},
     "linear_log_probs": {"M": 21, "N": 16, "V": 101},
+    "gated_mlp": {"M": 21, "N": 16, "F": 40},
 }
 
 
@@ -217,6 +218,9 @@ def test_flops_and_bytes():
     assert case.bytes("bwd") == 50 * 2 * (16 * 16 + 4)
     mlp = Case.of("mlp", M=8, N=16)
     assert (mlp.flops("fwd"), mlp.flops("bwd")) == (16 * 8 * 16**2, 32 * 8 * 16**2)
+    gated = Case.of("gated_mlp", "bfloat16", M=8, N=16, F=24)
+    assert (gated.flops("fwd"), gated.flops("bwd")) == (6 * 8 * 16 * 24, 12 * 8 * 16 * 24)
+    assert gated.bytes("fwd") == 2 * (2 * 8 * 16 + 3 * 16 * 24 + 2 * 8 * 24)
     norm = Case.of("layer_norm", "bfloat16", M=1000, N=1000)
     assert norm.bytes("fwd") == pytest.approx(2 * 2e6, rel=0.01)
     assert norm.bytes("bwd") == pytest.approx(3 * 2e6, rel=0.01)

@@ -43,6 +43,10 @@ def mlp():
     return gk.mlp(*leaves((40, 64), (128, 64), (128,), (64, 128), (64,)), backend="cuda")
 
 
+def gated_mlp():
+    return gk.gated_mlp(*leaves((40, 64), (128, 64), (128, 64), (64, 128)), backend="cuda")
+
+
 def loss():
     x, weight = leaves((20, 64), (100, 64))
     return gk.linear_cross_entropy(x, weight, torch.zeros(20, dtype=torch.long), backend="cuda")
@@ -54,6 +58,7 @@ OPS = {
     "layer_norm": layer_norm,
     "rms_norm": rms_norm,
     "mlp": mlp,
+    "gated_mlp": gated_mlp,
     "linear_cross_entropy": loss,
 }
 
@@ -69,7 +74,7 @@ def device():
 # Launches forward and backward. The loss computes its gradient in the forward pass; the MLP's products are two a pass,
 # of which backward leaves those of the weights to cuBLAS.
 LAUNCHES = {"attention": (1, 3), "banded": (1, 3), "layer_norm": (1, 2), "rms_norm": (1, 2), "mlp": (2, 1)}
-LAUNCHES["linear_cross_entropy"] = (1, 0)
+LAUNCHES |= {"gated_mlp": (2, 1), "linear_cross_entropy": (1, 0)}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -17,6 +17,7 @@ import gptkernels as gk
 from gptkernels import cli
 from gptkernels.models import GPT, GPTConfig, checkpoint
 from gptkernels.ops.attention import reference as attention_reference
+from gptkernels.ops.gated_mlp import reference as gated_mlp_reference
 from gptkernels.ops.layer_norm import reference as layer_norm_reference
 from gptkernels.ops.linear_cross_entropy import reference as loss_reference
 from gptkernels.ops.mlp import reference as mlp_reference
@@ -71,6 +72,11 @@ def good(op) -> dict:
             **{"x": randn(5, 16), "fc_weight": randn(24, 16), "fc_bias": randn(24), "proj_weight": randn(8, 24)},
             **{"proj_bias": randn(8), "activation": "gelu_tanh", "residual": None, "save": "preact"},
         },
+        gk.gated_mlp: {
+            **{"x": randn(5, 16), "gate_weight": randn(24, 16), "up_weight": randn(24, 16), "up_bias": randn(24)},
+            **{"gate_bias": None, "down_weight": randn(8, 24), "down_bias": randn(8), "activation": "silu"},
+            **{"residual": None, "save": "preact"},
+        },
         gk.linear_cross_entropy: {
             **{"x": randn(7, 16), "weight": randn(33, 16), "targets": torch.arange(7) * 4},
             **{"ignore_index": -100, "reduction": "mean", "bias": randn(33), "label_smoothing": 0.1, "z_loss": 1e-3},
@@ -92,6 +98,7 @@ REFERENCES = {
     gk.attention: attention_reference.attention,
     gk.decode_attention: attention_reference.decode_attention,
     gk.mlp: mlp_reference.mlp,
+    gk.gated_mlp: gated_mlp_reference.gated_mlp,
     gk.linear_cross_entropy: loss_reference.linear_cross_entropy,
     gk.linear_log_probs: loss_reference.linear_log_probs,
 }

@@ -23,6 +23,7 @@ def leaf(*shape):
 NORM = leaf(6, 64), leaf(64), leaf(64)
 HEADS = [leaf(1, 2, 20, 32) for _ in range(3)]
 LAYERS = leaf(16, 64), leaf(128, 64), leaf(128), leaf(64, 128), leaf(64)
+GATED = leaf(16, 64), leaf(128, 64), leaf(128, 64), leaf(64, 128)
 CACHE = torch.randn(2, 2, 64, 32).bfloat16()
 LENGTHS = torch.full((2,), 9, dtype=torch.int32)
 OPS = {
@@ -31,6 +32,7 @@ OPS = {
     "attention": lambda backend: gk.attention(*HEADS, backend=backend),
     "banded": lambda backend: gk.attention(*HEADS, window=7, backend=backend),
     "mlp": lambda backend: gk.mlp(*LAYERS, backend=backend),
+    "gated_mlp": lambda backend: gk.gated_mlp(*GATED, backend=backend),
     "decode": lambda backend: gk.decode_attention(CACHE[:, :, :1], CACHE, CACHE, LENGTHS, backend=backend),
 }
 # Of Python and C functions, forward and backward: a quarter above what they were. Before anything was remembered
@@ -46,6 +48,8 @@ MOST_CALLS = {
     ("banded", "triton"): (150, 272),
     ("mlp", "cuda"): (154, 136),
     ("mlp", "triton"): (246, 178),
+    ("gated_mlp", "cuda"): (155, 129),
+    ("gated_mlp", "triton"): (214, 156),
     ("decode", "triton"): (140,),
 }
 

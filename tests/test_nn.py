@@ -95,3 +95,12 @@ def test_copies_and_pickles():
 def test_bad_heads():
     with pytest.raises(ValueError, match="heads must divide the width of 64, not 5"):
         gk.nn.CausalSelfAttention(64, 5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_mlp(bias):
+    ours = gk.nn.GatedMLP(24, 40, bias=bias, activation="gelu_tanh")
+    x, residual = torch.randn(2, 3, 24), torch.randn(2, 3, 24)
+    expected = ours.down(F.gelu(ours.gate(x), approximate="tanh") * ours.up(x))
+    torch.testing.assert_close(ours(x), expected)
+    torch.testing.assert_close(ours(x, residual), expected + residual)

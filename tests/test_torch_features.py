@@ -221,6 +221,7 @@ def ops_on(device):
         "packed": (gk.attention, (heads[0],) * 3, {"cu_seqlens": starts, "dropout": 0.1}, [(3, 16, 32)]),
         "decode_attention": (gk.decode_attention, (heads[:, :, :1], heads, heads, lengths), {}, [(2, 3, 1, 32)]),
         "mlp": (gk.mlp, (x, zeros(64, 32), None, zeros(48, 64), None), {}, [(8, 48)]),
+        "gated_mlp": (gk.gated_mlp, (x, zeros(64, 32), zeros(64, 32), zeros(48, 64)), {}, [(8, 48)]),
         "loss": (gk.linear_cross_entropy, (x, zeros(50, 32), targets), {}, [()]),
         "losses": (gk.linear_cross_entropy, (x, zeros(50, 32), targets), {"reduction": "none"}, [(8,)]),
     }

@@ -42,3 +42,26 @@ GK_DEVICE float activate(float x) {
     float slope;
     return activate_and_slope<A>(x, &slope);
 }
+
+// activation(gate) * up, or gpt-oss's product of both, and its derivatives by gate and by up. Comparisons that keep NaNs.
+template <Activation A>
+GK_DEVICE float gated_and_slopes(float gate, float up, float* slope, float* up_slope) {
+    if constexpr (A == Activation::kGptOss) {
+        constexpr float kLimit = 7.f, kSharpness = 1.702f;
+        const float g = gate > kLimit ? kLimit : gate, u = 1.f + (up > kLimit ? kLimit : up < -kLimit ? -kLimit : up);
+        const float s = sigmoid(kSharpness * g), act = g * s;
+        *slope = gate <= kLimit ? u * (s + kSharpness * (act - act * s)) : 0.f;
+        *up_slope = up >= -kLimit && up <= kLimit ? act : 0.f;
+        return act * u;
+    } else {
+        *up_slope = activate_and_slope<A>(gate, slope);
+        *slope *= up;
+        return *up_slope * up;
+    }
+}
+
+template <Activation A>
+GK_DEVICE float gated(float gate, float up) {
+    float slope, up_slope;
+    return gated_and_slopes<A>(gate, up, &slope, &up_slope);
+}

@@ -13,8 +13,11 @@ GK_DEVICE void mlp_produce(const MlpArguments& args, MlpShared& shared) {
     constexpr int kShare = Traits::kColumns / Traits::kCluster;  // of the weight's columns, that this CTA loads for all
     constexpr int kPanel = 64;
     const int share = cluster_rank() * kShare;
+    // Of a gated MLP one CTA loads the gate's columns, the other those of up.
+    const bool is_up = Epilogue::kGatedTile && share > 0;
+    const CUtensorMap* const weight = is_up ? &args.up : &args.b;
     RingPlace<Traits::kStages> place;
-    for_each_mlp_tile(args, [&](MlpTile tile) {
+    for_each_mlp_tile<Epilogue::kTileColumns>(args, [&](MlpTile tile) {
         for (int k = 0; k < args.K; k += Traits::kDepth, place.advance()) {
             const uint32_t stage = place.stage(), full = place.of(shared.full);
             const uint32_t b = shared_address(&shared.b[stage][share * Traits::kDepth]);
@@ -25,7 +28,7 @@ GK_DEVICE void mlp_produce(const MlpArguments& args, MlpShared& shared) {
                 for (int i = 0; i < kShare; i += kPanel)
                     tma_multicast_2d(b + i * Traits::kDepth * 2, &args.b, full, tile.column + share + i, k, kAll);
             } else {
-                tma_multicast_2d(b, &args.b, full, k, tile.column + share, kAll);
+                tma_multicast_2d(b, weight, full, k, tile.column + (Epilogue::kGatedTile ? 0 : share), kAll);
             }
         }
     });
@@ -79,7 +82,7 @@ GK_DEVICE void mlp_consume(const MlpArguments& args, MlpShared& shared, int grou
     Epilogue epilogue(args, shared, warp);
     RingPlace<Traits::kStages> place;
     float total[Traits::kColumns / 2];
-    for_each_mlp_tile(args, [&](MlpTile tile) {
+    for_each_mlp_tile<Epilogue::kTileColumns>(args, [&](MlpTile tile) {
         const MlpTile rows = {tile.row + warp * Traits::kBoxRows, tile.column};
         mlp_multiply<T, Epilogue>(args, shared, group, place, total,
                                   [&](int step, int steps) { epilogue.during(step, steps, rows); });
@@ -127,30 +130,27 @@ template <class T, class Epilogue>
 void mlp_launch(MlpArguments& args, int sm_count, cudaStream_t stream) {
     using Traits = MlpTraits;
     args.tiles_m = int(ceil_div(args.M, Traits::kCluster * Traits::kRows));
-    args.tiles_n = int(ceil_div(args.N, Traits::kColumns));
+    args.tiles_n = int(ceil_div(args.N, Epilogue::kTileColumns));
+    args.parts = int(ceil_div(args.M, Traits::kGroupRows));
     const int64_t tiles = int64_t(args.tiles_m) * args.tiles_n, clusters = sm_count / Traits::kCluster;
     const unsigned ctas = Traits::kCluster * unsigned(tiles < clusters ? tiles : clusters);
     launch<mlp_kernel<T, Epilogue>>("mlp_kernel", {ctas, Traits::kThreads, sizeof(MlpShared), stream}, args);
 }
 
-// Calls work with an activation of compile time.
-template <class Work>
+// Calls work with an activation of compile time, one from First to Last.
+template <Activation First, Activation Last, class Work>
 void with_activation(Activation activation, Work work) {
-    switch (activation) {
-        case Activation::kNone: return work(std::integral_constant<Activation, Activation::kNone>());
-        case Activation::kGeluTanh: return work(std::integral_constant<Activation, Activation::kGeluTanh>());
-        case Activation::kGelu: return work(std::integral_constant<Activation, Activation::kGelu>());
-        case Activation::kRelu: return work(std::integral_constant<Activation, Activation::kRelu>());
-        case Activation::kRelu2: return work(std::integral_constant<Activation, Activation::kRelu2>());
-        case Activation::kSilu: return work(std::integral_constant<Activation, Activation::kSilu>());
-    }
-    throw LaunchError("activation must be one of csrc/mlp/mlp.h's, not " + std::to_string(int(activation)));
+    if (activation == First) return work(std::integral_constant<Activation, First>());
+    if constexpr (First != Last)
+        with_activation<Activation(int(First) + 1), Last>(activation, work);
+    else
+        throw LaunchError("this kernel has no activation " + std::to_string(int(activation)));
 }
 
-template <class T>
+template <class T, Activation A>
 void mlp_fwd_launch(const MlpFwdParams& p, cudaStream_t stream) {
     using Traits = MlpTraits;
-    if (p.activation == Activation::kNone ? p.preact : p.residual)
+    if (A == Activation::kNone ? p.preact : p.residual)
         throw LaunchError("preact goes with an activation, residual without one");
     bind_device();
     MlpArguments args = {};
@@ -162,13 +162,11 @@ void mlp_fwd_launch(const MlpFwdParams& p, cudaStream_t stream) {
     args.bias = p.bias;
     args.has_epilogue_in = p.residual, args.has_side_out = p.preact;
     args.M = p.M, args.N = p.N, args.K = p.K;
-    with_activation(p.activation, [&](auto a) {
-        using Epilogue = std::conditional_t<a.value == Activation::kNone, MlpLinear<T>, MlpActivate<T, a.value>>;
-        mlp_launch<T, Epilogue>(args, p.sm_count, stream);
-    });
+    using Epilogue = std::conditional_t<A == Activation::kNone, MlpLinear<T>, MlpActivate<T, A>>;
+    mlp_launch<T, Epilogue>(args, p.sm_count, stream);
 }
 
-template <class T>
+template <class T, Activation A>
 void mlp_bwd_launch(const MlpBwdParams& p, cudaStream_t stream) {
     using Traits = MlpTraits;
     bind_device();
@@ -181,10 +179,42 @@ void mlp_bwd_launch(const MlpBwdParams& p, cudaStream_t stream) {
     args.partials = p.partials;
     args.has_epilogue_in = true, args.has_side_out = p.act;
     args.M = p.M, args.N = p.N, args.K = p.K;
-    with_activation(p.activation, [&](auto a) {
-        if constexpr (a.value == Activation::kNone)
-            throw LaunchError("mlp_bwd takes an activation");
-        else
-            mlp_launch<T, MlpBackward<T, a.value>>(args, p.sm_count, stream);
-    });
+    mlp_launch<T, MlpBackward<T, A>>(args, p.sm_count, stream);
+}
+
+template <class T, Activation A>
+void gated_mlp_fwd_launch(const GatedMlpFwdParams& p, cudaStream_t stream) {
+    using Traits = MlpTraits;
+    if (!p.gate != !p.up) throw LaunchError("gate and up go together");
+    bind_device();
+    constexpr int kWeightRows = Traits::kColumns / Traits::kCluster;
+    MlpArguments args = {};
+    args.a = mlp_tensor_map<T>("a", p.a, p.M, p.K, p.a_stride, Traits::kRows);
+    args.b = mlp_tensor_map<T>("gate_weight", p.gate_weight, p.N, p.K, p.gate_stride, kWeightRows);
+    args.up = mlp_tensor_map<T>("up_weight", p.up_weight, p.N, p.K, p.up_stride, kWeightRows);
+    args.side_out = mlp_tensor_map<T>("gate", p.gate, p.M, p.N, p.N, Traits::kBoxRows);
+    args.up_out = mlp_tensor_map<T>("up", p.up, p.M, p.N, p.N, Traits::kBoxRows);
+    args.out = mlp_tensor_map<T>("out", p.out, p.M, p.N, p.N, Traits::kBoxRows);
+    args.bias = p.gate_bias, args.up_bias = p.up_bias;
+    args.has_side_out = p.gate;
+    args.M = p.M, args.N = p.N, args.K = p.K;
+    mlp_launch<T, MlpActivate<T, A, true>>(args, p.sm_count, stream);
+}
+
+template <class T, Activation A>
+void gated_mlp_bwd_launch(const GatedMlpBwdParams& p, cudaStream_t stream) {
+    using Traits = MlpTraits;
+    bind_device();
+    MlpArguments args = {};
+    args.a = mlp_tensor_map<T>("dout", p.dout, p.M, p.K, p.dout_stride, Traits::kRows);
+    args.b = mlp_tensor_map<T>("weight", p.weight, p.K, p.N, p.N, Traits::kDepth);
+    args.epilogue_in = mlp_tensor_map<T>("gate", p.gate, p.M, p.N, p.N, Traits::kBoxRows);
+    args.up = mlp_tensor_map<T>("up", p.up, p.M, p.N, p.N, Traits::kBoxRows);
+    args.side_out = mlp_tensor_map<T>("act", p.act, p.M, p.N, p.N, Traits::kBoxRows);
+    args.out = mlp_tensor_map<T>("grad_gate", p.grad_gate, p.M, p.N, p.N, Traits::kBoxRows);
+    args.up_out = mlp_tensor_map<T>("grad_up", p.grad_up, p.M, p.N, p.N, Traits::kBoxRows);
+    args.partials = p.partials;
+    args.has_side_out = p.act;
+    args.M = p.M, args.N = p.N, args.K = p.K;
+    mlp_launch<T, MlpGatedBackward<T, A>>(args, p.sm_count, stream);
 }

@@ -33,11 +33,15 @@ struct MlpArguments {
     CUtensorMap epilogue_in;  // (M, N): residual forward, preact backward
     CUtensorMap side_out;     // (M, N), written beside out: preact forward, act backward
     CUtensorMap out;          // (M, N): out forward, grad backward
-    const void* bias;
+    // Of a gated MLP, whose gate's are those above: up_weight (N, K) forward, up (M, N) backward; up forward, its grad
+    // backward.
+    CUtensorMap up, up_out;
+    const void *bias, *up_bias;
     float* partials;
     bool has_epilogue_in, has_side_out;
     int M, N, K;
     int tiles_m, tiles_n;  // of a cluster
+    int parts;             // partial sums of a column
 };
 
 struct MlpTile {
@@ -45,7 +49,7 @@ struct MlpTile {
 };
 
 // Calls work with the corner of each of this CTA's tiles, in order.
-template <class Work>
+template <int TileColumns, class Work>
 GK_DEVICE void for_each_mlp_tile(const MlpArguments& args, Work work) {
     using Traits = MlpTraits;
     const int clusters = gridDim.x / Traits::kCluster, in_group = Traits::kGroupM * args.tiles_n;
@@ -53,6 +57,6 @@ GK_DEVICE void for_each_mlp_tile(const MlpArguments& args, Work work) {
         const int first = index / in_group * Traits::kGroupM, within = index % in_group;
         const int height = min(args.tiles_m - first, Traits::kGroupM);
         work(MlpTile{((first + within % height) * Traits::kCluster + int(cluster_rank())) * Traits::kRows,
-                     within / height * Traits::kColumns});
+                     within / height * TileColumns});
     }
 }

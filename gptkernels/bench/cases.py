@@ -7,7 +7,7 @@ Useful work, per pass, whatever a kernel really does (s = bytes per element):
     add_layer_norm  8 and 14 FLOPs per element; 4 M N s bytes each way
     rms_norm        4 FLOPs per element forward, 9 backward; add_rms_norm 5 and 10; bytes as of LayerNorm
     rope            3 FLOPs per element each way; queries and keys read and written once, their tables read once
-    mlp             4 M N F FLOPs forward, 8 M N F backward
+    mlp             4 M N F FLOPs forward, 8 M N F backward; gated_mlp 6 and 12
     loss            2 M N V FLOPs without gradients, 6 M N V with (they are made in the same pass)
     log_probs       2 M N V FLOPs forward, 4 M N V backward; nothing of the size of the logits is kept between them
 Bytes: each input is read once, each output and each tensor kept for backward is written once, and read once there.
@@ -27,6 +27,8 @@ from ..dispatch import Call
 from ..failures import UsageError
 from ..ops.attention import attention, decode_attention
 from ..ops.attention import reference as attention_reference
+from ..ops.gated_mlp import gated_mlp
+from ..ops.gated_mlp import reference as gated_mlp_reference
 from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.layer_norm import reference as layer_norm_reference
 from ..ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
@@ -80,6 +82,12 @@ OPS = {
         "B batch, H heads, G key/value heads (H), T tokens, D head size",
     ),
     "mlp": Op(mlp, mlp_reference.mlp, {"M": 4096, "N": 768, "F": 0}, "M rows, N width, F hidden width (4 N)"),
+    "gated_mlp": Op(
+        gated_mlp,
+        gated_mlp_reference.gated_mlp,
+        {"M": 4096, "N": 768, "F": 0},
+        "M rows, N width, F hidden width (4 N)",
+    ),
     "linear_cross_entropy": Op(
         linear_cross_entropy,
         loss_reference.linear_cross_entropy,
@@ -96,6 +104,8 @@ OPS = {
 }
 
 
+# Linear layers; each but the last keeps its output
+LAYERS = {"mlp": 2, "gated_mlp": 3}
 # FLOPs per element, forward and backward
 NORMS = {"layer_norm": (7, 13), "add_layer_norm": (8, 14), "rms_norm": (4, 9), "add_rms_norm": (5, 10)}
 
@@ -197,6 +207,9 @@ class Case:
                 "proj_weight": random(width, hidden, scale=hidden**-0.5),
                 "proj_bias": random(width),
             }
+        if self.op == "gated_mlp":
+            first = {name: random(s["F"], width, scale=width**-0.5) for name in ("gate_weight", "up_weight")}
+            return {"x": random(rows, width), **first, "down_weight": random(width, s["F"], scale=s["F"] ** -0.5)}
         targets = torch.randint(0, s["V"], (rows,), device=device, generator=generator)
         return {"x": random(rows, width), "weight": random(s["V"], width, scale=width**-0.5), "targets": targets}
 
@@ -216,6 +229,7 @@ class Case:
             "add_rms_norm": ("x", "residual"),
             "rope": ("q", "k"),
             "mlp": ("x",),
+            "gated_mlp": ("x",),
             "linear_cross_entropy": ("",),
             "linear_log_probs": ("targets",),
         }[self.op]
@@ -233,8 +247,8 @@ class Case:
             return {"fwd": 4, "bwd": 10, "both": 14}[which] * s["D"] * self.seen() * s["B"] * s["H"]
         if self.op == "rope":
             return (6 if which == "both" else 3) * s["B"] * s["T"] * (s["H"] + s["G"]) * s["D"]
-        if self.op == "mlp":
-            return {"fwd": 4, "bwd": 8, "both": 12}[which] * s["M"] * s["N"] * s["F"]
+        if self.op in LAYERS:
+            return LAYERS[self.op] * {"fwd": 2, "bwd": 4, "both": 6}[which] * s["M"] * s["N"] * s["F"]
         if self.op == "linear_cross_entropy":
             return {"fwd": 2, "both": 6}[which] * s["M"] * s["N"] * s["V"]
         if self.op == "linear_log_probs":
@@ -263,10 +277,11 @@ class Case:
             else:
                 small = 8 * s["M"] + (2 if forward else 3) * s["N"] * size
             return (4 if self.op.startswith("add_") else 2 if forward else 3) * matrix + small
-        if self.op == "mlp":
-            weights, hidden = 2 * s["N"] * s["F"] * size, s["M"] * s["F"] * size
+        if self.op in LAYERS:
+            layers = LAYERS[self.op]
+            weights, kept = layers * s["N"] * s["F"] * size, (layers - 1) * s["M"] * s["F"] * size
             # x, out and what is kept; backward: x, dout, dx, what was kept, and the weights' gradients
-            return (2 * matrix + weights if forward else 3 * matrix + 2 * weights) + hidden
+            return (2 * matrix + weights if forward else 3 * matrix + 2 * weights) + kept
         return (1 if forward else 2) * (matrix + s["V"] * s["N"] * size) + 8 * s["M"]
 
 

@@ -90,6 +90,7 @@ def plain(case: Case, device: torch.device) -> Callable:
         "mlp": plain_mlp,
         "linear_cross_entropy": functools.partial(plain_loss, **case.kwargs),
         "linear_log_probs": plain_log_probs,
+        "gated_mlp": plain_gated_mlp,
     }
     return plain[case.op]
 
@@ -127,6 +128,10 @@ def plain_rope(q, k, cos, sin):
 
 def plain_mlp(x, fc_weight, fc_bias, proj_weight, proj_bias):
     return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias), approximate="tanh"), proj_weight, proj_bias)
+
+
+def plain_gated_mlp(x, gate_weight, up_weight, down_weight):
+    return F.linear(F.silu(F.linear(x, gate_weight)) * F.linear(x, up_weight), down_weight)
 
 
 def plain_loss(x, weight, targets, softcap=None):
@@ -258,11 +263,15 @@ def liger(case: Case, device: torch.device) -> Callable:
         found = functional.liger_fused_linear_cross_entropy(x, weight, targets, **options)
         return first_of(found)
 
+    def gated_mlp(x, gate_weight, up_weight, down_weight):
+        return F.linear(functional.liger_swiglu(F.linear(x, gate_weight), F.linear(x, up_weight)), down_weight)
+
     ops: dict[str, Callable] = {
         "layer_norm": layer_norm,
         "add_layer_norm": add_layer_norm,
         "rms_norm": rms_norm,
         "add_rms_norm": add_rms_norm,
+        "gated_mlp": gated_mlp,
         "linear_cross_entropy": loss,
     }
     return ops[case.op]
@@ -322,8 +331,26 @@ class ProductsOnly(torch.autograd.Function):
         return dhidden @ fc_weight, dhidden.mT @ x, no_sums[0], dout.mT @ hidden, no_sums[1]
 
 
+class GatedProductsOnly(torch.autograd.Function):
+    """Likewise of the gated MLP."""
+
+    @staticmethod
+    def forward(ctx, x, gate_weight, up_weight, down_weight):
+        gate, up = x @ gate_weight.mT, x @ up_weight.mT
+        ctx.save_for_backward(x, gate_weight, up_weight, down_weight, gate, up)
+        return gate @ down_weight.mT
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, gate_weight, up_weight, down_weight, gate, up = ctx.saved_tensors
+        dhidden = dout @ down_weight
+        dx = torch.addmm(dhidden @ gate_weight, up, up_weight)
+        return dx, dhidden.mT @ x, up.mT @ x, dout.mT @ gate
+
+
 def products_only(case: Case, device: torch.device) -> Callable:
-    return lambda **tensors: ProductsOnly.apply(*tensors.values())
+    function = ProductsOnly if case.op == "mlp" else GatedProductsOnly
+    return lambda **tensors: function.apply(*tensors.values())
 
 
 def torch_loss(case: Case, device: torch.device) -> Callable:
@@ -367,7 +394,7 @@ CONTENDERS = [
     Contender(
         "liger",
         "peer",
-        (*NORMS, "linear_cross_entropy"),
+        (*NORMS, "gated_mlp", "linear_cross_entropy"),
         liger,
         module="liger_kernel.transformers.functional",
         install="pip install liger-kernel",
@@ -384,7 +411,7 @@ CONTENDERS = [
     Contender("torch-rms-norm", "peer", ("rms_norm",), torch_rms_norm, devices=ANY_DEVICE),
     Contender("flex", "peer", ATTENTION, flex, only_if_asked=True),
     Contender("compile", "peer", tuple(OPS), compiled, devices=ANY_DEVICE, only_if_asked=True),
-    Contender("products-only", "yardstick", ("mlp",), products_only, devices=ANY_DEVICE),
+    Contender("products-only", "yardstick", ("mlp", "gated_mlp"), products_only, devices=ANY_DEVICE),
 ]
 NAMES = tuple(dict.fromkeys(contender.name for contender in CONTENDERS))
 

@@ -37,6 +37,7 @@ def cpu_quick(dtype: str) -> Iterator[Case]:
         yield Case.of(op, dtype, BOTH_WAYS, M=4096, N=768)
     yield Case.of("rope", dtype, BOTH_WAYS, B=1, H=12, T=1024, D=64)
     yield Case.of("mlp", dtype, ("both",), M=512, N=768)
+    yield Case.of("gated_mlp", dtype, ("both",), M=512, N=768, F=2048)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=128, N=768)
     yield Case.of("linear_log_probs", dtype, ("both",), M=128, N=768)
 
@@ -68,6 +69,7 @@ def gpu_quick(dtype: str) -> Iterator[Case]:
     yield Case.of("rms_norm", dtype, BOTH_WAYS, M=2**20, N=128)
     yield Case.of("rope", dtype, BOTH_WAYS, B=2, H=32, G=8, T=4096, D=128)
     yield Case.of("mlp", dtype, ("both",), M=8192, N=1600)
+    yield Case.of("gated_mlp", dtype, ("both",), M=8192, N=2048, F=5632)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=768)
     yield Case.of("linear_log_probs", dtype, ("both",), M=8192, N=768)
 
@@ -78,6 +80,7 @@ def gpu_headline(dtype: str) -> Iterator[Case]:
     yield Case.of("attention", dtype, BOTH_WAYS, every_peer=True, B=1, H=32, T=32768, D=64, W=1024)
     yield Case.of("add_layer_norm", dtype, BOTH_WAYS, every_peer=True, M=16384, N=2048)
     yield Case.of("mlp", dtype, ("both",), every_peer=True, M=16384, N=1600)
+    yield Case.of("gated_mlp", dtype, BOTH_WAYS, every_peer=True, M=16384, N=4096, F=14336)
     yield Case.of("linear_cross_entropy", dtype, ("both",), every_peer=True, M=16384, N=768)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=2304, V=256000, C=30)
     yield Case.of("linear_log_probs", dtype, ("both",), every_peer=True, M=8192, N=4096, V=128256)
@@ -119,6 +122,8 @@ def gpu_full(dtype: str) -> Iterator[Case]:
         for op in ("layer_norm", "add_layer_norm"):
             yield Case.of(op, dtype, BOTH_WAYS, M=16384, N=width)
         yield Case.of("mlp", dtype, BOTH_WAYS, M=8192, N=width)
+    for width, hidden in ((1024, 2816), (2048, 8192), (3584, 18944), (8192, 28672)):
+        yield Case.of("gated_mlp", dtype, BOTH_WAYS, M=8192, N=width, F=hidden)
     for width in (768, 1600, 4096):
         yield Case.of("linear_cross_entropy", dtype, ("fwd", "both"), M=16384, N=width)
     for tokens in (1024, 4096, 16384, 65536):

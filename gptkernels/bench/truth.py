@@ -25,6 +25,7 @@ ROWS = {
     "rms_norm": ("x",),
     "add_rms_norm": ("x", "residual"),
     "mlp": ("x",),
+    "gated_mlp": ("x",),
     "linear_cross_entropy": ("x", "targets"),
     "linear_log_probs": ("x", "targets"),
 }
@@ -35,7 +36,11 @@ PLAIN: dict[str, Callable] = {
     "rms_norm": plain_rms_norm,
     "add_rms_norm": plain_add_rms_norm,
 }
-WIDEST = {**dict.fromkeys(NORMS, "N"), "mlp": "F", "linear_cross_entropy": "V", "linear_log_probs": "V"}
+WIDEST = {
+    **dict.fromkeys(NORMS, "N"),
+    **dict.fromkeys(("mlp", "gated_mlp"), "F"),
+    **dict.fromkeys(("linear_cross_entropy", "linear_log_probs"), "V"),
+}
 
 
 @dataclass

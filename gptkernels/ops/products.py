@@ -17,3 +17,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> 
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, beta=beta, out=total)
     else:
         total.addmm_(a.float(), b.float(), beta=beta)
+
+
+def sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """a @ b + c @ d, (N, M), (M, K) each -> (N, K), rounded once"""
+    if a.dtype == torch.float32:
+        return torch.addmm(a @ b, c, d)
+    if a.device.type == "cpu":
+        return torch.cat((a, c), 1) @ torch.cat((b, d))
+    total = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
+    add_product(total, a, b, first=True)
+    add_product(total, c, d)
+    return total.to(a.dtype)

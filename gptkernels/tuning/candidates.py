@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import dispatch
-from ..bench.cases import NORMS, Case
+from ..bench.cases import LAYERS, NORMS, Case
 
 TILES = (128, 64, 32)
 # Ops that are one of PyTorch's, or a few; on a CPU eager is made of these
-WITH_NATIVE = ("attention", *NORMS, "mlp")
+WITH_NATIVE = ("attention", *NORMS, *LAYERS)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ OF_OP = {
     "attention": of_attention,
     **dict.fromkeys(NORMS, of_norm),
     **dict.fromkeys(("rope", "linear_log_probs"), lambda case: iter(())),
-    "mlp": of_mlp,
+    **dict.fromkeys(LAYERS, of_mlp),
     "linear_cross_entropy": of_loss,
     "decode_attention": of_decode,
 }

@@ -23,15 +23,20 @@ MAX_ROWS = 1 << 30
 
 
 def unsupported(call: MlpCall) -> str | None:
-    x = call.x
+    sizes = call.x.shape[-1], call.fc_weight.shape[0], call.proj_weight.shape[0]
+    return reason_against({n: getattr(call, n) for n in ("x", "fc_weight", "proj_weight", "residual")}, sizes)
+
+
+def reason_against(tensors: dict[str, Tensor | None], sizes: tuple[int, ...]) -> str | None:
+    """tensors: x and others that the bulk copy engine reads. sizes: of the layers"""
+    x = tensors["x"]
+    assert x is not None
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16, not {x.dtype}"
-    sizes = x.shape[-1], *call.fc_weight.shape[:1], *call.proj_weight.shape[:1]
     if any(size % 8 for size in sizes):
         return f"takes sizes of layers that are multiples of 8, not {', '.join(map(str, sizes))}"
     if x.shape[0] > MAX_ROWS:
         return f"takes up to {MAX_ROWS} rows"
-    tensors = {"x": x, "fc_weight": call.fc_weight, "proj_weight": call.proj_weight, "residual": call.residual}
     for name, tensor in tensors.items():
         # Weights that lie in memory as (in, out) are copied anyway.
         reason = None if tensor is None or tensor.stride(-1) != 1 else cuda_library.not_addressable(tensor)

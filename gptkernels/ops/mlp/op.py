@@ -95,9 +95,9 @@ class MlpFunction(torch.autograd.Function):
 
 
 def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:
-    """From now on gk.mlp adds the gradient of this weight to `total` within the product that makes it, without rounding
-    it first, and leaves weight.grad alone. total: the weight's shape, float32 or the weight's dtype, such as the
-    gradient of earlier micro-batches; None ends it. Not for torch.compile."""
+    """From now on gk.mlp and gk.gated_mlp add the gradient of this weight to `total` within the product that makes it,
+    without rounding it first, and leave weight.grad alone. total: the weight's shape, float32 or the weight's dtype,
+    such as the gradient of earlier micro-batches; None ends it. Not for torch.compile."""
     if total is not None:
         checks.check_tensor(
             "total", total, dtypes=(*dict.fromkeys((weight.dtype, torch.float32)),), device=weight.device
@@ -108,27 +108,39 @@ def accumulate_gradient(weight: Tensor, total: Tensor | None) -> None:
     setattr(weight, SUM, total)
 
 
-def sum_of(name: str, weight: Tensor) -> Tensor | None:
+def sum_of(name: str, weight: Tensor, op: str = "mlp") -> Tensor | None:
     """What accumulate_gradient asked for."""
     total = getattr(weight, SUM, None)
     if total is not None and torch.compiler.is_compiling():
-        raise UnsupportedError(f"mlp: {name} accumulates its gradient, which torch.compile cannot trace")
+        raise UnsupportedError(f"{op}: {name} accumulates its gradient, which torch.compile cannot trace")
     return total
 
 
 def check_tensors(x, fc_weight, fc_bias, proj_weight, proj_bias, residual) -> None:
     check_rows("x", x)
-    for name, weight in (("fc_weight", fc_weight), ("proj_weight", proj_weight)):
-        checks.check_tensor(name, weight, dtypes=(x.dtype,), ndim=2, device=x.device)
-        if weight.numel() == 0:
-            raise ValueError(f"{name} must not be empty, but has shape {tuple(weight.shape)}")
+    check_weights(x, {"fc_weight": fc_weight, "proj_weight": proj_weight})
     hidden, out = fc_weight.shape[0], proj_weight.shape[0]
     checks.check_shape("fc_weight", fc_weight, (hidden, x.shape[-1]), "(hidden, x's last dimension)")
     checks.check_shape("proj_weight", proj_weight, (out, hidden), "(out, fc_weight's first dimension)")
-    for name, bias, size in (("fc_bias", fc_bias, hidden), ("proj_bias", proj_bias, out)):
+    check_biases(x, {"fc_bias": (fc_bias, hidden), "proj_bias": (proj_bias, out)})
+    check_residual(x, residual, out)
+
+
+def check_weights(x: Tensor, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        checks.check_tensor(name, weight, dtypes=(x.dtype,), ndim=2, device=x.device)
+        if weight.numel() == 0:
+            raise ValueError(f"{name} must not be empty, but has shape {tuple(weight.shape)}")
+
+
+def check_biases(x: Tensor, biases: dict[str, tuple[Tensor | None, int]]) -> None:
+    for name, (bias, size) in biases.items():
         if bias is not None:
             checks.check_tensor(name, bias, dtypes=(x.dtype,), device=x.device)
             checks.check_shape(name, bias, (size,), "the first dimension of its weight")
+
+
+def check_residual(x: Tensor, residual: Tensor | None, out: int) -> None:
     if residual is not None:
         checks.check_tensor("residual", residual, dtypes=(x.dtype,), device=x.device)
         checks.check_shape("residual", residual, (*x.shape[:-1], out), "the output's shape")

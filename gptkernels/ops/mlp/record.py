@@ -1,6 +1,7 @@
 """What a call of the MLP travels as, from the op to the kernels."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from ...records import Record
 @dataclass(slots=True, eq=False)
 class MlpCall(Record):
     """As mlp takes it, in rows that are evenly spaced."""
+
+    OP: ClassVar[str] = "mlp"
 
     x: Tensor  # (M, d)
     fc_weight: Tensor  # (hidden, d), or a view of (d, hidden)

@@ -8,6 +8,8 @@ SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 CUBIC = tl.constexpr(0.044715)
+GPT_OSS_LIMIT = tl.constexpr(7.0)
+GPT_OSS_SHARPNESS = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -53,6 +55,22 @@ def activate_and_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def gated_and_slopes(gate, up, ACTIVATION: tl.constexpr):
+    """gate, up: float32 -> activation(gate) * up and its derivatives by gate and up"""
+    if ACTIVATION == "gpt_oss":
+        # Comparisons that keep NaNs, as torch.clamp does.
+        g = tl.where(gate > GPT_OSS_LIMIT, GPT_OSS_LIMIT, gate)
+        u = 1.0 + tl.where(up > GPT_OSS_LIMIT, GPT_OSS_LIMIT, tl.where(up < -GPT_OSS_LIMIT, -GPT_OSS_LIMIT, up))
+        s = sigmoid(GPT_OSS_SHARPNESS * g)
+        act, slope = g * s, s * (1.0 + GPT_OSS_SHARPNESS * g * (1.0 - s))
+        inside = (up >= -GPT_OSS_LIMIT) & (up <= GPT_OSS_LIMIT)
+        return act * u, tl.where(gate <= GPT_OSS_LIMIT, slope * u, 0.0), tl.where(inside, act, 0.0)
+    else:
+        act, slope = activate_and_slope(gate, ACTIVATION)
+        return act * up, slope * up, act
+
+
+@triton.jit
 def load_tile(
     source,  # (rows, columns): a TMA descriptor, or a pointer to rows `stride` apart
     row,
@@ -88,6 +106,7 @@ def tile_corner(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 def product_tile(
     a,  # (M, K)
     b,  # (N, K), or (K, N) unless B_ROWS_ARE_N
+    other,  # like b, or unused
     m,
     n,
     M,
@@ -95,15 +114,18 @@ def product_tile(
     K,
     a_stride,
     b_stride,
+    other_stride,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     B_ROWS_ARE_N: tl.constexpr,
+    TWO: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """-> (BLOCK_M, BLOCK_N) of a @ b at (m, n), float32"""
+    """-> (BLOCK_M, BLOCK_N) of a @ b at (m, n), float32; with TWO the second is that of a @ other"""
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    second = total
     for k in range(0, K, BLOCK_K):
         a_tile = load_tile(a, m, k, M, K, a_stride, BLOCK_M, BLOCK_K, TMA)
         if B_ROWS_ARE_N:
@@ -111,7 +133,10 @@ def product_tile(
         else:
             b_tile = load_tile(b, k, n, K, N, b_stride, BLOCK_K, BLOCK_N, TMA)
         total = tl.dot(a_tile, b_tile, total, input_precision=PRECISION)
-    return total
+        if TWO:
+            other_tile = load_tile(other, n, k, N, K, other_stride, BLOCK_N, BLOCK_K, TMA).T
+            second = tl.dot(a_tile, other_tile, second, input_precision=PRECISION)
+    return total, second
 
 
 @triton.jit
@@ -123,17 +148,22 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def mlp_fwd_epilogue(
     total,  # (BLOCK_M, BLOCK_N) float32: x @ weight.T at (m, n)
+    second,  # likewise of up_weight
     m,
     n,
     M,
     N,
     bias_ptr,
+    up_bias_ptr,
     residual_ptr,
     preact_ptr,
+    up_ptr,
     out_ptr,
     residual_stride,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_PREACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,9 +174,16 @@ def mlp_fwd_epilogue(
     mask = (row < M) & (column < N)
     if HAS_BIAS:
         total += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
+    if HAS_UP_BIAS:
+        second += tl.load(up_bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
     if HAS_PREACT:
         tl.store(preact_ptr + row * N + column, total.to(preact_ptr.dtype.element_ty), mask=mask)
-    out = activate(total, ACTIVATION)
+        if GATED:
+            tl.store(up_ptr + row * N + column, second.to(up_ptr.dtype.element_ty), mask=mask)
+    if GATED:
+        out = gated_and_slopes(total, second, ACTIVATION)[0]
+    else:
+        out = activate(total, ACTIVATION)
     if HAS_RESIDUAL:
         out += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + column, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -156,18 +193,24 @@ def mlp_fwd_epilogue(
 def mlp_fwd_kernel(
     x,  # (M, K)
     weight,  # (N, K)
+    up_weight,  # (N, K), with GATED
     bias_ptr,  # (N,) or unused
+    up_bias_ptr,  # (N,) or unused
     residual_ptr,  # (M, N), rows residual_stride apart, or unused
     preact_ptr,  # (M, N) or unused: x @ weight.T + bias
-    out_ptr,  # (M, N): activation(preact) + residual
+    up_ptr,  # (M, N) or unused: x @ up_weight.T + up_bias
+    out_ptr,  # (M, N): activation(preact) (with GATED: * up) + residual
     M,
     N,
     K,
     x_stride,
     weight_stride,
+    up_stride,
     residual_stride,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_UP_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_PREACT: tl.constexpr,
     TMA: tl.constexpr,
@@ -179,17 +222,26 @@ def mlp_fwd_kernel(
 ):
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         m, n = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        total = product_tile(
-            x, weight, m, n, M, N, K, x_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, True, TMA, PRECISION
-        )
+        total, second = product_tile(
+            x, weight, up_weight, m, n, M, N, K, x_stride, weight_stride, up_stride, BLOCK_M, BLOCK_N, BLOCK_K, True,
+            GATED, TMA, PRECISION,
+        )  # fmt: skip
         for half in tl.static_range(2):
-            part = halves(total, BLOCK_M, BLOCK_N)[half]
+            part, other = halves(total, BLOCK_M, BLOCK_N)[half], halves(second, BLOCK_M, BLOCK_N)[half]
             for quarter in tl.static_range(2):
                 mlp_fwd_epilogue(
-                    halves(part, BLOCK_M, BLOCK_N // 2)[quarter], m, n + (2 * half + quarter) * (BLOCK_N // 4), M, N,
-                    bias_ptr, residual_ptr, preact_ptr, out_ptr, residual_stride, ACTIVATION, HAS_BIAS, HAS_RESIDUAL,
-                    HAS_PREACT, BLOCK_M, BLOCK_N // 4,
+                    halves(part, BLOCK_M, BLOCK_N // 2)[quarter], halves(other, BLOCK_M, BLOCK_N // 2)[quarter],
+                    m, n + (2 * half + quarter) * (BLOCK_N // 4), M, N, bias_ptr, up_bias_ptr, residual_ptr,
+                    preact_ptr, up_ptr, out_ptr, residual_stride, ACTIVATION, GATED, HAS_BIAS, HAS_UP_BIAS,
+                    HAS_RESIDUAL, HAS_PREACT, BLOCK_M, BLOCK_N // 4,
                 )  # fmt: skip
+
+
+@triton.jit
+def store_sums(grad, partials_ptr, n, N, BLOCK_N: tl.constexpr):
+    """grad: (BLOCK_M, BLOCK_N), as it was stored"""
+    column = n + tl.arange(0, BLOCK_N)
+    tl.store(partials_ptr + column, tl.sum(grad.to(tl.float32), axis=0), mask=column < N)
 
 
 @triton.jit
@@ -200,10 +252,14 @@ def mlp_bwd_epilogue(
     M,
     N,
     preact_ptr,
+    up_ptr,
     act_ptr,
     grad_ptr,
+    up_grad_ptr,
     partials_ptr,  # (N,): of this tile's rows
+    up_partials_ptr,  # likewise
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_ACT: tl.constexpr,
     HAS_PARTIALS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -212,16 +268,24 @@ def mlp_bwd_epilogue(
     row = (m + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     column = (n + tl.arange(0, BLOCK_N))[None, :]
     mask = (row < M) & (column < N)
-    preact = tl.load(preact_ptr + row * N + column, mask=mask, other=0.0).to(tl.float32)
-    act, slope = activate_and_slope(preact, ACTIVATION)
-    if HAS_ACT:
-        tl.store(act_ptr + row * N + column, act.to(act_ptr.dtype.element_ty), mask=mask)
+    index = row * N + column
+    preact = tl.load(preact_ptr + index, mask=mask, other=0.0).to(tl.float32)
     # Rounded first, so that the bias's gradient is the sum of the very numbers that the others are made from.
+    if GATED:
+        up = tl.load(up_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        act, slope, up_slope = gated_and_slopes(preact, up, ACTIVATION)
+        up_grad = (total * up_slope).to(up_grad_ptr.dtype.element_ty)
+        tl.store(up_grad_ptr + index, up_grad, mask=mask)
+        if HAS_PARTIALS:
+            store_sums(up_grad, up_partials_ptr, n, N, BLOCK_N)
+    else:
+        act, slope = activate_and_slope(preact, ACTIVATION)
+    if HAS_ACT:
+        tl.store(act_ptr + index, act.to(act_ptr.dtype.element_ty), mask=mask)
     grad = (total * slope).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + row * N + column, grad, mask=mask)
+    tl.store(grad_ptr + index, grad, mask=mask)
     if HAS_PARTIALS:
-        column = n + tl.arange(0, BLOCK_N)
-        tl.store(partials_ptr + column, tl.sum(grad.to(tl.float32), axis=0), mask=column < N)
+        store_sums(grad, partials_ptr, n, N, BLOCK_N)
 
 
 @triton.jit
@@ -229,15 +293,18 @@ def mlp_bwd_kernel(
     dout,  # (M, K)
     weight,  # (K, N)
     preact_ptr,  # (M, N)
-    act_ptr,  # (M, N) or unused: activation(preact), once more
-    grad_ptr,  # (M, N): dout @ weight * activation'(preact)
-    partials_ptr,  # (tiles along M, N) float32 or unused: column sums of grad over each tile's rows
+    up_ptr,  # (M, N), with GATED
+    act_ptr,  # (M, N) or unused: activation(preact) (with GATED: * up), once more
+    grad_ptr,  # (M, N): dout @ weight * activation'(preact) (with GATED: * up)
+    up_grad_ptr,  # (M, N), with GATED: dout @ weight * activation(preact)
+    partials_ptr,  # (tiles along M, N) float32 or unused: column sums of grad over each tile's rows; GATED: 2 of them
     M,
     N,
     K,
     dout_stride,
     weight_stride,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     HAS_ACT: tl.constexpr,
     HAS_PARTIALS: tl.constexpr,
     TMA: tl.constexpr,
@@ -249,12 +316,15 @@ def mlp_bwd_kernel(
 ):
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         m, n = tile_corner(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        total = product_tile(
-            dout, weight, m, n, M, N, K, dout_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K, False, TMA, PRECISION
-        )
+        total, _ = product_tile(
+            dout, weight, weight, m, n, M, N, K, dout_stride, weight_stride, weight_stride, BLOCK_M, BLOCK_N, BLOCK_K,
+            False, False, TMA, PRECISION,
+        )  # fmt: skip
         partials = partials_ptr + (m // BLOCK_M).to(tl.int64) * N
+        up_partials = partials_ptr + (m // BLOCK_M + tl.cdiv(M, BLOCK_M)).to(tl.int64) * N
         for half in tl.static_range(2):
             mlp_bwd_epilogue(
-                halves(total, BLOCK_M, BLOCK_N)[half], m, n + half * (BLOCK_N // 2), M, N, preact_ptr, act_ptr,
-                grad_ptr, partials, ACTIVATION, HAS_ACT, HAS_PARTIALS, BLOCK_M, BLOCK_N // 2,
+                halves(total, BLOCK_M, BLOCK_N)[half], m, n + half * (BLOCK_N // 2), M, N, preact_ptr, up_ptr, act_ptr,
+                grad_ptr, up_grad_ptr, partials, up_partials, ACTIVATION, GATED, HAS_ACT, HAS_PARTIALS, BLOCK_M,
+                BLOCK_N // 2,
             )  # fmt: skip

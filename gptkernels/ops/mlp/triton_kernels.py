@@ -1,5 +1,7 @@
 """The MLP with Triton: products with fused epilogues, or cuBLAS and one fused pointwise pass, whichever is faster."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +20,8 @@ from .record import MlpCall
 from .triton_gemm import mlp_bwd_kernel, mlp_fwd_kernel
 from .triton_pointwise import activation_bwd_kernel, activation_fwd_kernel
 
+AnyCall = Any  # MlpCall, or the gated MLP's
+
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages for float32, and for 16-bit types with few rows, in both directions and on
 # every architecture; what others take is in gptkernels/launch.
 FLOAT_LAUNCH = (64, 64, 16, 8, 2)
@@ -33,27 +37,33 @@ def fused_up_to(arch: int) -> int:
 
 
 def is_fused(call: MlpCall) -> bool:
-    if copies_cost_more(call):
-        return False
-    measured = choices.setting("mlp_fused", "mlp", call, None)
+    return not copies_cost_more(call) and fusing_is_faster(call)
+
+
+def fusing_is_faster(call: AnyCall) -> bool:
+    measured = choices.setting("mlp_fused", call.OP, call, None)
     return call.x.shape[-1] <= fused_up_to(hardware.arch(call.x.device)) if measured is None else measured
 
 
-def unsupported(call: MlpCall) -> str | None:
+def unsupported(call: AnyCall) -> str | None:
     return hardware.triton_unsupported(call.x.device)
 
 
 def describe(call: MlpCall) -> str:
-    return "fused epilogues" if is_fused(call) else "cuBLAS and a fused pointwise pass"
+    return told(is_fused(call))
 
 
-def gemm_launch(call: MlpCall, a: Tensor, setting: str) -> dict:
+def told(fused: bool) -> str:
+    return "fused epilogues" if fused else "cuBLAS and a fused pointwise pass"
+
+
+def gemm_launch(call: AnyCall, a: Tensor, setting: str) -> dict:
     """a: (M, K)"""
     if a.dtype == torch.float32:
         row = FLOAT_LAUNCH
     else:
         row = FEW_ROWS_LAUNCH if a.shape[0] <= FEW_ROWS else shipped(hardware.arch(a.device))[setting]
-    row = choices.setting(setting, "mlp", call, row)
+    row = choices.setting(setting, call.OP, call, row)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, row, strict=True)), "GROUP_M": GROUP_M}
 
@@ -87,46 +97,63 @@ def gemm_grid(launch: dict, M: int, N: int, device: torch.device) -> tuple[int]:
 
 
 class Product:
-    """A launch whose first two operands are matrices, which it takes as TMA descriptors where it can."""
+    """A launch whose first operands are matrices, which it takes as TMA descriptors where it can."""
 
     def __init__(self, launch: Launch, *templates: TensorDescriptor | None):
         self.launch, self.templates = launch, templates
 
-    def __call__(self, a: Tensor, b: Tensor, *tensors: Tensor) -> None:
-        one, two = self.templates
-        with hardware.on_device(a.device):
-            self.launch(operand(one, a), operand(two, b), *tensors)
+    def __call__(self, *tensors: Any) -> None:
+        """tensors: or None, where a kernel does without"""
+        count = len(self.templates)
+        operands = [operand(*pair) for pair in zip(self.templates, tensors[:count], strict=True)]
+        with hardware.on_device(tensors[0].device):
+            self.launch(*operands, *tensors[count:])
 
 
 def linear_launch(
-    call: MlpCall, x: Tensor, weight: Tensor, has_bias: bool, residual: Tensor | None, has_preact: bool, activation: str
+    call: AnyCall,
+    x: Tensor,
+    weight: Tensor,
+    biases: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    has_preact: bool,
+    activation: str,
+    up_weight: Tensor | None = None,
 ) -> Product:
-    """Takes x: (M, K), weight: (N, K), bias: (N,), residual, preact, out: (M, N) and makes
-    out = activation(x @ weight.T + bias) + residual, preact = x @ weight.T + bias"""
+    """Takes x: (M, K), weight, up_weight: (N, K), bias, up_bias: (N,), residual, preact, up, out: (M, N) and makes
+    out = activation(x @ weight.T + bias) + residual, preact = x @ weight.T + bias. With an up_weight the activation is
+    multiplied with up = x @ up_weight.T + up_bias. biases: bias and up_bias, or others where they are"""
     (M, K), N = x.shape, weight.shape[0]
-    row, tma = gemm_launch(call, x, "mlp_fwd_tile"), takes_tma(x, weight)
+    gated = up_weight is not None
+    matrices = (x, weight, up_weight) if up_weight is not None else (x, weight)
+    row, tma = gemm_launch(call, x, "mlp_fwd_tile"), takes_tma(*matrices)
+    if up_weight is not None:
+        row["BLOCK_N"] //= 2  # of each weight
+    up_stride = 0 if up_weight is None else up_weight.stride(0)
     launch = Launch(
         mlp_fwd_kernel,
         gemm_grid(row, M, N, x.device),
-        (M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0)),
+        (M, N, K, x.stride(0), weight.stride(0), up_stride, 0 if residual is None else residual.stride(0)),
         ACTIVATION=activation,
-        HAS_BIAS=has_bias,
+        GATED=gated,
+        HAS_BIAS=biases[0] is not None,
+        HAS_UP_BIAS=gated and biases[1] is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_PREACT=has_preact,
         TMA=tma,
         PRECISION=precision(x.dtype),
         **row,
     )
-    k = row["BLOCK_K"]
-    return Product(launch, described(x, tma, row["BLOCK_M"], k), described(weight, tma, row["BLOCK_N"], k))
+    rows = row["BLOCK_M"], row["BLOCK_N"], row["BLOCK_N"]
+    return Product(launch, *(described(m, tma, n, row["BLOCK_K"]) for m, n in zip(matrices, rows, strict=False)))
 
 
 def grad_preact_launch(
-    call: MlpCall, dout: Tensor, proj_weight: Tensor, has_act: bool, wants_partials: bool
-) -> tuple[Product, tuple[int, int]]:
-    """-> what takes dout: (M, K), proj_weight: (K, N), preact, act, grad: (M, N), partials: (P, N) and makes
-    grad = dout @ proj_weight * activation'(preact), its column sums in parts, and act = activation(preact); and the
-    shape of those parts"""
+    call: AnyCall, dout: Tensor, proj_weight: Tensor, has_act: bool, wants_partials: bool, gated: bool = False
+) -> tuple[Product, tuple[int, ...]]:
+    """-> what takes dout: (M, K), proj_weight: (K, N), preact, up, act, grad, up_grad: (M, N), partials: (P, N) and
+    makes grad = dout @ proj_weight * activation'(preact), its column sums in parts, and act = activation(preact); and
+    the shape of those parts. gated: the activation is multiplied with up, whose gradient has sums, too: (2, P, N)"""
     (M, K), N = dout.shape, proj_weight.shape[1]
     row, tma = gemm_launch(call, dout, "mlp_bwd_tile"), takes_tma(dout, proj_weight)
     launch = Launch(
@@ -134,6 +161,7 @@ def grad_preact_launch(
         gemm_grid(row, M, N, dout.device),
         (M, N, K, dout.stride(0), proj_weight.stride(0)),
         ACTIVATION=call.activation,
+        GATED=gated,
         HAS_ACT=has_act,
         HAS_PARTIALS=wants_partials,
         TMA=tma,
@@ -142,39 +170,52 @@ def grad_preact_launch(
     )
     k = row["BLOCK_K"]
     templates = described(dout, tma, row["BLOCK_M"], k), described(proj_weight, tma, k, row["BLOCK_N"])
-    return Product(launch, *templates), (triton.cdiv(M, row["BLOCK_M"]), N)
+    return Product(launch, *templates), parts_shape(triton.cdiv(M, row["BLOCK_M"]), N, gated)
 
 
-def pointwise_activation(preact: Tensor, activation: str, act: Tensor) -> None:
-    """act = activation(preact), both contiguous"""
+def parts_shape(parts: int, columns: int, gated: bool) -> tuple[int, ...]:
+    return (2, parts, columns) if gated else (parts, columns)
+
+
+def pointwise_activation(preact: Tensor, up: Tensor | None, activation: str, act: Tensor) -> None:
+    """act = activation(preact), or that times up, all contiguous"""
     with hardware.on_device(preact.device):
-        pointwise_launch(preact, activation)(preact, act)
+        pointwise_launch(preact, activation, up is not None)(preact, up, act)
 
 
 @remembered
-def pointwise_launch(preact: Tensor, activation: str) -> Launch:
+def pointwise_launch(preact: Tensor, activation: str, gated: bool) -> Launch:
     grid = (triton.cdiv(preact.numel(), POINTWISE_LAUNCH["BLOCK"]),)
-    return Launch(activation_fwd_kernel, grid, (preact.numel(),), ACTIVATION=activation, **POINTWISE_LAUNCH)
+    flags = {"ACTIVATION": activation, "GATED": gated}
+    return Launch(activation_fwd_kernel, grid, (preact.numel(),), **flags, **POINTWISE_LAUNCH)
 
 
 def pointwise_grad_preact(
-    grad: Tensor, preact: Tensor, activation: str, act: Tensor | None, wants_partials: bool
+    grad: Tensor,
+    preact: Tensor,
+    up: Tensor | None,
+    activation: str,
+    act: Tensor | None,
+    up_grad: Tensor | None,
+    wants_partials: bool,
 ) -> Tensor | None:
-    """grad: (M, N) is multiplied by activation'(preact) in place -> its column sums in parts: (P, N). act is filled."""
-    launch, parts = pointwise_bwd_launch(grad, preact, activation, act is not None, wants_partials)
+    """grad: (M, N) is multiplied by activation'(preact) in place -> its column sums in parts: (P, N). act is filled.
+    With up also by that, up_grad is filled, and there are sums of both: (2, P, N)."""
+    launch, parts = pointwise_bwd_launch(grad, preact, activation, up is not None, act is not None, wants_partials)
     partials = torch.empty(parts, dtype=torch.float32, device=grad.device) if wants_partials else None
     with hardware.on_device(grad.device):
-        launch(grad, preact, grad if act is None else act, grad if partials is None else partials)
+        launch(grad, preact, up, grad if act is None else act, up_grad, grad if partials is None else partials)
     return partials
 
 
 @remembered
-def pointwise_bwd_launch(grad, preact, activation, has_act, wants_partials):
+def pointwise_bwd_launch(grad, preact, activation, gated, has_act, wants_partials):
     """-> the launch, the shape of the partial sums"""
     M, N = grad.shape
     grid = (triton.cdiv(M, POINTWISE_BWD_LAUNCH["ROWS"]), triton.cdiv(N, POINTWISE_BWD_LAUNCH["BLOCK_N"]))
-    flags = {"ACTIVATION": activation, "HAS_ACT": has_act, "HAS_PARTIALS": wants_partials}
-    return Launch(activation_bwd_kernel, grid, (M, N), **flags, **POINTWISE_BWD_LAUNCH), (grid[0], N)
+    flags = {"ACTIVATION": activation, "GATED": gated, "HAS_ACT": has_act, "HAS_PARTIALS": wants_partials}
+    launch = Launch(activation_bwd_kernel, grid, (M, N), **flags, **POINTWISE_BWD_LAUNCH)
+    return launch, parts_shape(grid[0], N, gated)
 
 
 @torch_op(fake=fwd_outputs)
@@ -188,19 +229,23 @@ def mlp_fwd(call: MlpCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
         out, preact, act = fwd_outputs(call)
         hidden = hidden_layer(call) if act is None else act
         fc_weight, proj_weight = call.fc_weight.contiguous(), call.proj_weight.contiguous()
-        fc(call.x, fc_weight, or_any(call.fc_bias, out), out, or_any(preact, out), hidden)
-        proj(hidden, proj_weight, or_any(call.proj_bias, out), or_any(call.residual, out), out, out)
+        fc(call.x, fc_weight, None, or_any(call.fc_bias, out), None, out, or_any(preact, out), None, hidden)
+        bias, residual = or_any(call.proj_bias, out), or_any(call.residual, out)
+        proj(hidden, proj_weight, None, bias, None, residual, out, None, out)
         return out, preact, act
     before = linear(call.x, call.fc_weight, call.fc_bias)
     # Where the input of the activation is not kept, its output takes its place.
     hidden = before if call.save == "input" else torch.empty_like(before)
-    pointwise_activation(before, call.activation, hidden)
-    if call.residual is None:
-        out = linear(hidden, call.proj_weight, call.proj_bias)
-    else:
-        start = call.residual if call.proj_bias is None else call.residual + call.proj_bias
-        out = torch.addmm(start, hidden, call.proj_weight.mT)
+    pointwise_activation(before, None, call.activation, hidden)
+    out = linear_and_residual(hidden, call.proj_weight, call.proj_bias, call.residual)
     return out, None if call.save == "input" else before, hidden if call.save == "all" else None
+
+
+def linear_and_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x: (M, K), weight: (N, K), bias: (N,), residual: (M, N) -> (M, N)"""
+    if residual is None:
+        return linear(x, weight, bias)
+    return torch.addmm(residual if bias is None else residual + bias, x, weight.mT)
 
 
 def or_any(x: Tensor | None, other: Tensor) -> Tensor:
@@ -216,8 +261,8 @@ def fwd_products(call: MlpCall, precision: str) -> tuple[Product, Product] | tup
     fc_weight, proj_weight, hidden = call.fc_weight.contiguous(), call.proj_weight.contiguous(), hidden_layer(call)
     has_preact = call.save != "input"
     return (
-        linear_launch(call, call.x, fc_weight, call.fc_bias is not None, None, has_preact, call.activation),
-        linear_launch(call, hidden, proj_weight, call.proj_bias is not None, call.residual, False, "none"),
+        linear_launch(call, call.x, fc_weight, (call.fc_bias,), None, has_preact, call.activation),
+        linear_launch(call, hidden, proj_weight, (call.proj_bias,), call.residual, False, "none"),
     )
 
 
@@ -248,17 +293,17 @@ def mlp_bwd(
         grad = torch.empty_like(preact)
         partials = torch.empty(parts, dtype=torch.float32, device=dout.device) if needs_fc_bias else None
         weight = call.proj_weight.contiguous()
-        launch(dout, weight, preact, or_any(remade, grad), grad, or_any(partials, grad))
+        launch(dout, weight, preact, None, or_any(remade, grad), grad, None, or_any(partials, grad))
     else:
         grad = dout @ call.proj_weight
-        partials = pointwise_grad_preact(grad, preact, call.activation, remade, needs_fc_bias)
+        partials = pointwise_grad_preact(grad, preact, None, call.activation, remade, None, needs_fc_bias)
     return other_grads(call, dout, act, grad, partials, needs, fc_sum, proj_sum)
 
 
 @remembered
 def bwd_product(
     call: MlpCall, dout: Tensor, has_act: bool, wants_partials: bool, precision: str
-) -> tuple[Product, tuple[int, int]] | tuple[()]:
+) -> tuple[Product, tuple[int, ...]] | tuple[()]:
     """-> with the shape of the partial sums; nothing where cuBLAS is faster"""
     if not is_fused(call):
         return ()

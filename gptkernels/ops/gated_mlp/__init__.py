@@ -1,0 +1,3 @@
+from .op import GatedMlpFunction, gated_mlp
+
+__all__ = ["GatedMlpFunction", "gated_mlp"]
