@@ -13,6 +13,10 @@ from ..ops.rope import rope
 from .arguments import ALL, Window, heads_first, options_of
 
 
+class CacheFullError(ValueError, RuntimeError):
+    """What bad values are here and what they are to flash-attn"""
+
+
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -58,6 +62,7 @@ def flash_attn_with_kvcache(
         raise ValueError("rotary_cos and rotary_sin must be given both, or neither")
     if rotary_cos is not None and k is None:
         raise ValueError("k must be given with rotary_cos: what is in the cache is rotated already")
+    check_room(lengths, 0 if k is None else k.shape[1], pages, k_cache)
     with torch.no_grad():
         if k is not None and v is not None:
             if cache_seqlens is None:
@@ -67,7 +72,6 @@ def flash_attn_with_kvcache(
                 follow = causal or options["window"] is not None
                 tables = rotary_cos, rotary_sin, lengths, rotary_interleaved
                 q_heads, k_new = rotated(q_heads, *tables, follow), rotated(k_new, *tables, True)
-            check_room(lengths, k.shape[1], pages, k_cache)
             append(k_cache, k_new.transpose(1, 2), pages, lengths)
             append(v_cache, v, pages, lengths)
             lengths = lengths + k.shape[1]
@@ -127,7 +131,7 @@ def check_room(lengths: Tensor, new: int, pages: Tensor, cache: Tensor) -> None:
     """On a CPU, as everywhere values of tensors are checked"""
     capacity = pages.shape[1] * cache.shape[1]
     if lengths.is_cpu and lengths.numel() and int(lengths.max()) + new > capacity:
-        raise ValueError(
+        raise CacheFullError(
             f"cache_seqlens must leave room for k's {new} tokens in the {capacity} of the cache (block_table's pages), "
             f"but is {lengths.tolist()}"
         )

@@ -35,7 +35,10 @@ def attention(
         rows = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1) * q.shape[2]
         out, lse = _attend(q, k, v, key_start, sinks, alibi_slopes, *options, seed, rows, 0)
         return (out, lse) if return_lse else out
-    documents, lses = [q[:0]], [q.new_zeros((q.shape[1], 0), dtype=torch.promote_types(q.dtype, torch.float32))]
+    documents, lses = (
+        [q[:0, :, :1].expand(-1, -1, v.shape[-1])],
+        [q.new_zeros((q.shape[1], 0), dtype=torch.promote_types(q.dtype, torch.float32))],
+    )
     heads = torch.arange(q.shape[1], device=q.device).view(1, -1, 1, 1)
     bounds = cu_seqlens.tolist()
     key_bounds = bounds if cu_seqlens_k is None else cu_seqlens_k.tolist()
