@@ -1,13 +1,16 @@
 """The gated MLP: every backend, activation and choice of what to keep, against the float64 reference."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from compile_gate import assert_within_limits, compiled_launches
 from parity import assert_parity
 from test_mlp import sixteen_bits
 
 import gptkernels as gk
+from gptkernels import simulator
 from gptkernels.ops.gated_mlp import eager, reference, triton_kernels
 from gptkernels.ops.gated_mlp.record import GatedMlpCall
 from gptkernels.ops.mlp import accumulate_gradient
@@ -290,6 +293,33 @@ def test_double_backward_is_an_error():
     (grad,) = torch.autograd.grad(gk.gated_mlp(**tensors, save="input").sum(), tensors["x"], create_graph=True)
     with pytest.raises(gk.UnsupportedError, match="gated_mlp: double backward"):
         grad.sum().backward()
+
+
+def launches_on(arch, variant, widest):
+    dtype, rows, activation = variant
+    tensors = make(SimpleNamespace(device=torch.device("cpu")), rows, 256, 1024, dtype, residual=True)
+    with mock.patch.object(mlp_triton, "fused_up_to", return_value=widest), compiled_launches(arch) as launches:
+        gk.gated_mlp(**tensors, activation=activation, backend="triton").sum().backward()
+    return launches
+
+
+LAUNCHED = [(torch.bfloat16, 1024, "silu"), (torch.bfloat16, 64, "gpt_oss"), (torch.float32, 64, "gelu")]
+
+
+FUSED = [(arch, variant, 10**9) for arch in (80, 89, 90, 100) for variant in LAUNCHED]
+
+
+@pytest.mark.skipif(bool(simulator.unavailable()), reason=str(simulator.unavailable()))
+@pytest.mark.parametrize(("arch", "variant", "widest"), [*FUSED, (80, LAUNCHED[1], 0), (100, LAUNCHED[0], 0)], ids=str)
+def test_launches_compile(arch, variant, widest):
+    launches = launches_on(arch, variant, widest)
+    fused, pointwise = ["mlp_fwd_kernel"] * 2 + ["mlp_bwd_kernel"], ["activation_fwd_kernel", "activation_bwd_kernel"]
+    assert [compiled.kernel for compiled in launches] == (fused if widest else pointwise)
+    for compiled in launches:
+        assert_within_limits(compiled)
+        if arch == 90 and variant[0] != torch.float32:
+            assert compiled.machine_code.count("HGMMA") > 0
+            assert compiled.machine_code.count("UTMALDG") > 0
 
 
 X, GATE, UP, DOWN = (torch.randn(s) for s in [(4, 32), (48, 32), (48, 32), (16, 48)])
