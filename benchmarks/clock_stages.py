@@ -17,6 +17,8 @@ from ptxemu.timing.units import SMS  # noqa: E402
 from gptkernels.ops.attention import cuda_kernels, triton_kernels, triton_launch  # noqa: E402
 from gptkernels.ops.attention.record import AttentionCall  # noqa: E402
 from gptkernels.ops.attention.visibility import sides  # noqa: E402
+from gptkernels.ops.gated_mlp import cuda_kernels as gated_mlp_kernels  # noqa: E402
+from gptkernels.ops.gated_mlp.record import GatedMlpCall  # noqa: E402
 from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
 from gptkernels.ops.layer_norm.record import LayerNormCall  # noqa: E402
 from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
@@ -120,15 +122,35 @@ def product_launch(rows: int, columns: int, depth: int, activation: str, backwar
     return launches_of(lambda: launch(x, weight, bias, None, preact, out), sms=2)[0]
 
 
-def product(rows: int, columns: int, depth: int, activation: str = "none", backward: bool = False) -> list[tiles.Stage]:
+@functools.cache
+def gated_launch(rows: int, columns: int, depth: int, backward: bool) -> timing.Recorded:
+    """columns: of gate and up together forward"""
+    x = torch.randn(rows, depth, dtype=BF16)
+    if backward:
+        weight, (gate, up) = torch.randn(depth, columns, dtype=BF16), torch.randn(2, rows, columns, dtype=BF16)
+        launch, _ = gated_mlp_kernels.grads_launch(x, weight, "silu")
+        tensors = x, weight, gate, up, gate.clone(), gate.clone(), gate.clone(), None
+        return launches_of(lambda: launch(*tensors), sms=2)[0]
+    gate_weight, up_weight = torch.randn(columns, depth, dtype=BF16).chunk(2)
+    outs = torch.empty(3, rows, columns // 2, dtype=BF16).unbind()
+    call = GatedMlpCall(x, gate_weight, up_weight, None, None, gate_weight, None, None, "silu", "preact")
+    launch = gated_mlp_kernels.gate_and_up_launch(call, x, gate_weight, up_weight)
+    return launches_of(lambda: launch(x, gate_weight, up_weight, None, None, *outs), sms=2)[0]
+
+
+def product(
+    rows: int, columns: int, depth: int, activation: str = "none", backward: bool = False, gated: bool = False
+) -> list[tiles.Stage]:
     """Forward out = activation(x @ weight.T + bias), the value before the activation kept too; backward its gradient,
-    out = x @ weight * activation'(preact), with activation(preact) and column sums. A cluster's tile: 256 x 256"""
+    out = x @ weight * activation'(preact), with activation(preact) and column sums. A cluster's tile: 256 x 256. gated:
+    forward half of the columns are gate's, the others up's; backward both gradients, and what forward gives, no sums"""
     samples = []
     # What the epilogue hides behind depends on the depth, up to where all of it is hidden.
     near = min(-(-depth // 64) * 64, 1024)
     for m, n, k in ((512, 512, near), (1024, 512, near), (512, 512, 2 * near)):
         count = m * n // (256 * 256)
-        samples.append((count, count * k // 64, product_launch(m, n, k, activation, backward)))
+        recorded = gated_launch(m, n, k, backward) if gated else product_launch(m, n, k, activation, backward)
+        samples.append((count, count * k // 64, recorded))
     count = -(-rows // 256) * -(-columns // 256)
     lengths = [-(-depth // 64)] * count
     return [tiles.Stage("product", samples, lengths, gemm_shares(rows, columns, depth, 128, 256), slots=SMS // 2)]

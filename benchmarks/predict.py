@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py --op attention --shape B2,H16,T8192,D128 [--pass bwd] [--backend triton] [--peer PATH]
     python benchmarks/predict.py --op mlp --shape M16384,N16384,K4096 [--pass bwd]
+    python benchmarks/predict.py --op gated_mlp --shape M16384,N28672,K4096   (N: gate's and up's columns; bwd: hidden)
     python benchmarks/predict.py --op layer_norm --shape M16384,N4096 [--pass bwd]   (rms_norm likewise)
     python benchmarks/predict.py --op cross_entropy --shape M4096,N50264
     python benchmarks/predict.py --table benchmarks/results/clock_predictions.json [--peer PATH]
@@ -25,10 +26,15 @@ from ptxemu.timing.units import HBM_BYTES_PER_S, HBM_EFFICIENCY, MMA_FLOPS_PER_C
 KEYS = {
     "attention": ("B", "H", "T", "D"),
     "mlp": ("M", "N", "K"),
+    "gated_mlp": ("M", "N", "K"),
     "layer_norm": ("M", "N"),
     "rms_norm": ("M", "N"),
     "cross_entropy": ("M", "N"),
 }
+
+
+# What the epilogue reads and writes of M x N, forward and backward. Forward, a gated MLP has N columns of gate and up.
+PRODUCTS = {"mlp": (2, 3), "gated_mlp": (1.5, 5)}
 
 
 @dataclass
@@ -43,7 +49,7 @@ class Work:
     @property
     def flops(self) -> float:
         s = self.shape
-        if self.op == "mlp":
+        if self.op in PRODUCTS:
             return 2 * s["M"] * s["N"] * s["K"]
         if self.op != "attention":
             return 0
@@ -57,8 +63,9 @@ class Work:
         s = self.shape
         if self.op == "attention":
             return 2 * s["B"] * s["H"] * s["T"] * s["D"] * (8 if self.backward else 4)
-        if self.op == "mlp":
-            return 2 * (s["M"] * s["K"] + s["K"] * s["N"] + (3 if self.backward else 2) * s["M"] * s["N"])
+        if self.op in PRODUCTS:
+            outer = PRODUCTS[self.op][self.backward] * s["M"] * s["N"]
+            return 2 * int(s["M"] * s["K"] + s["K"] * s["N"] + outer)
         return 2 * s["M"] * s["N"] * (3 if self.backward else 2)
 
     @property
@@ -72,15 +79,16 @@ class Work:
         if self.op == "attention":
             make = clock_stages.attention if self.backend == "cuda" else clock_stages.triton_attention
             return make(s["T"], s["B"] * s["H"], s["D"], window=s.get("W"), backward=self.backward)
-        if self.op == "mlp":
-            return clock_stages.product(s["M"], s["N"], s["K"], "gelu_tanh", self.backward)
+        if self.op in PRODUCTS:
+            gated = self.op == "gated_mlp"
+            return clock_stages.product(s["M"], s["N"], s["K"], "gelu_tanh", self.backward, gated)
         if self.op in ("layer_norm", "rms_norm"):
             return clock_stages.norm(self.op, s["M"], s["N"], self.backward)
         return clock_stages.cross_entropy(s["M"], s["N"])
 
     def peer(self, fa3: calibrate.Fa3Stages | None) -> tuple[str, list[tiles.Stage]] | None:
         s = self.shape
-        if self.op == "mlp":
+        if self.op in PRODUCTS:
             return "CUTLASS, the product alone", [calibrate.gemm_stage(s["M"], s["N"], s["K"])]
         if self.op != "attention" or fa3 is None or "W" in s or s["D"] not in (64, 128):
             return None

@@ -136,13 +136,13 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=padding))
 
 
-def calls(layers: int = LAYERS, norms: int = 0, mlps: int | None = None, rms_norms: int = 0) -> dict[str, int]:
-    mlps = layers if mlps is None else mlps
-    return {"attention": layers, "layer_norm": norms, "rms_norm": rms_norms, "mlp": mlps}
+def calls(layers: int = LAYERS, norms: int = 0, rms_norms: int = 0, gated: bool = False) -> dict[str, int]:
+    mlps = {"mlp": 0 if gated else layers, "gated_mlp": layers if gated else 0}
+    return {"attention": layers, "layer_norm": norms, "rms_norm": rms_norms, **mlps}
 
 
 PRE_NORM = calls(norms=2 * LAYERS + 1)
-GATED = calls(mlps=0, rms_norms=2 * LAYERS + 1)
+GATED = calls(rms_norms=2 * LAYERS + 1, gated=True)
 FAMILIES = [
     ModelFamily("GPT-2", transformers_model("GPT2LMHeadModel", "GPT2Config", **GPT2, **NO_DROPOUT), calls=PRE_NORM),
     ModelFamily(

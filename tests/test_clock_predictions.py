@@ -56,6 +56,8 @@ def test_work_counts_flops_and_bytes(predict):
         ("mlp", "M2048,N1024,K512", False),
         ("mlp", "M2048,N1024,K512", True),
         ("mlp", "M16384,N4096,K16384", False),
+        ("gated_mlp", "M2048,N1024,K512", False),
+        ("gated_mlp", "M2048,N1024,K512", True),
         ("layer_norm", "M4096,N1024", True),
         ("cross_entropy", "M512,N4096", False),
     ],

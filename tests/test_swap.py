@@ -34,15 +34,15 @@ def family(name: str):
 def test_report_says_what_happened_and_why():
     model = made(family("Llama"))
     report = gk.accelerate(model, window=4, layers=[1])
-    assert report.counts() == {"loss": 1, "attention": 3, "norm": 7}
+    assert report.counts() == {"loss": 1, "attention": 3, "norm": 7, "mlp": 3}
     text = str(report)
     for part in (
-        "gptkernels replaced 1 loss, 3 attention, 7 norm; left 3",
+        "gptkernels replaced 1 loss, 3 attention, 3 mlp, 7 norm; left 0",
         "model.layers.0.self_attn",
         "gptkernels.attention, window 4",
         "eager",
         "gptkernels.rms_norm",
-        "a gated MLP has three linear layers",
+        "gptkernels.gated_mlp",
     ):
         assert part in text, part
     assert text.count("window 4") == 1
@@ -130,7 +130,7 @@ def test_soft_capped_attention_is_left_and_has_no_window():
 
     model = llama_like("Gemma2")()
     report = gk.accelerate(model)
-    assert set(report.counts()) == {"norm"}
+    assert set(report.counts()) == {"norm", "mlp"}
     reasons = [row.reason for row in report.left if row.part == "attention"]
     assert reasons
     assert all("its scores are soft-capped" in reason for reason in reasons)

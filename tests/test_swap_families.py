@@ -102,7 +102,11 @@ def test_logits_gradients_and_calls(family, op_calls):
     counts = Counter(op for op, _ in op_calls)
     assert {op: counts[op] for op in family.calls} == family.calls
     assert_same(model, fast, arguments)
-    for part, ops in (("attention", ("attention",)), ("norm", ("layer_norm", "rms_norm")), ("mlp", ("mlp",))):
+    for part, ops in (
+        ("attention", ("attention",)),
+        ("norm", ("layer_norm", "rms_norm")),
+        ("mlp", ("mlp", "gated_mlp")),
+    ):
         reasons = {row.reason for row in report.left if row.part == part}
         made_of_it = sum(family.calls[op] for op in ops)
         assert len(reasons) == (0 if made_of_it else 1), reasons

@@ -8,12 +8,14 @@ from torch import nn
 from ..dispatch import BACKENDS, explain
 from ..ops.attention import attention as attention_op
 from ..ops.attention.op import check_window
+from ..ops.gated_mlp import gated_mlp as gated_mlp_op
 from ..ops.layer_norm import layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp as mlp_op
 from ..ops.rms_norm import rms_norm
 from . import interface
 from .families import PARTS
+from .gated_mlps import FORMULAS
 from .loss import HEAD, MODEL
 from .modules import FAMILIES, Family, Foreign, Settings, is_replaced
 from .parts import head_reason, head_size, is_float64
@@ -34,7 +36,7 @@ def accelerate(
     loss: bool = True,
     backend: str = "auto",
 ) -> Report:
-    """Runs the model's attention, LayerNorms, MLPs and loss on our kernels, in place.
+    """Runs the model's attention, norms, MLPs and loss on our kernels, in place.
 
     Parameters, buffers, names, hooks and wrappers stay the same objects: only classes of modules change, and for
     transformers the model's configuration (a copy of it) names the attention. The report says what became what, what
@@ -154,8 +156,10 @@ def unknown_reason(module: nn.Module, part: str) -> str | None:
     name = type(module).__name__
     if part == "norm" and "RMSNorm" in name:
         return "it computes none of the RMSNorms that gptkernels has"
-    if part == "mlp" and hasattr(module, "gate_proj"):
-        return "a gated MLP has three linear layers, and gptkernels.mlp two"
+    if part == "mlp" and name.endswith("Experts"):
+        return "it gives each token experts of its own, for which gptkernels has no products"
+    if part == "mlp" and (hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")):
+        return "it computes none of the gated MLPs that gptkernels has"
     return None
 
 
@@ -184,7 +188,7 @@ def replaced_row(path: str, module: nn.Module, family: Family, settings: Setting
     became = {
         "attention": "gptkernels.attention" + (f", window {settings.window}" if settings.window else ""),
         "norm": f"gptkernels.{norm_of(family).__name__}",
-        "mlp": "gptkernels.mlp",
+        "mlp": "gptkernels.gated_mlp" if family.name in FORMULAS else "gptkernels.mlp",
         "loss": "gptkernels.linear_cross_entropy, in training",
     }[family.part]
     return Replaced(
@@ -211,6 +215,10 @@ def backend_of(module: Foreign, family: Family, settings: Settings) -> str:
         choice = explain(attention_op, *qkv, window=settings.window, **options)
     elif family.part == "norm":
         choice = explain(norm_of(family), tensor(256, parameter.numel()), tensor(parameter.numel()), **options)
+    elif family.name in FORMULAS:
+        width = parameter.shape[-1]
+        first = tensor(4 * width, width)
+        choice = explain(gated_mlp_op, tensor(256, width), first, first, tensor(width, 4 * width), **options)
     elif family.part == "mlp":
         width = parameter.shape[-1]
         choice = explain(

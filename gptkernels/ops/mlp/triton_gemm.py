@@ -323,8 +323,16 @@ def mlp_bwd_kernel(
         partials = partials_ptr + (m // BLOCK_M).to(tl.int64) * N
         up_partials = partials_ptr + (m // BLOCK_M + tl.cdiv(M, BLOCK_M)).to(tl.int64) * N
         for half in tl.static_range(2):
-            mlp_bwd_epilogue(
-                halves(total, BLOCK_M, BLOCK_N)[half], m, n + half * (BLOCK_N // 2), M, N, preact_ptr, up_ptr, act_ptr,
-                grad_ptr, up_grad_ptr, partials, up_partials, ACTIVATION, GATED, HAS_ACT, HAS_PARTIALS, BLOCK_M,
-                BLOCK_N // 2,
-            )  # fmt: skip
+            part = halves(total, BLOCK_M, BLOCK_N)[half]
+            if GATED:
+                for quarter in tl.static_range(2):
+                    mlp_bwd_epilogue(
+                        halves(part, BLOCK_M, BLOCK_N // 2)[quarter], m, n + (2 * half + quarter) * (BLOCK_N // 4), M,
+                        N, preact_ptr, up_ptr, act_ptr, grad_ptr, up_grad_ptr, partials, up_partials, ACTIVATION,
+                        GATED, HAS_ACT, HAS_PARTIALS, BLOCK_M, BLOCK_N // 4,
+                    )  # fmt: skip
+            else:
+                mlp_bwd_epilogue(
+                    part, m, n + half * (BLOCK_N // 2), M, N, preact_ptr, up_ptr, act_ptr, grad_ptr, up_grad_ptr,
+                    partials, up_partials, ACTIVATION, GATED, HAS_ACT, HAS_PARTIALS, BLOCK_M, BLOCK_N // 2,
+                )  # fmt: skip
