@@ -13,6 +13,7 @@ from ..ops.layer_norm import layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp as mlp_op
 from ..ops.rms_norm import rms_norm
+from ..ops.rope import rope
 from . import interface
 from .families import PARTS
 from .gated_mlps import FORMULAS
@@ -114,8 +115,9 @@ def find(modules: dict[str, nn.Module], enabled: set[str]) -> tuple[dict[str, li
         if is_replaced(module):
             left.append(Left(path, "", type(module).__name__, "it is replaced already; undo that first"))
             continue
-        for part in (*PARTS, "container"):
-            if part != "container" and part not in enabled:
+        for part in (*PARTS, "container", "rotary"):
+            # Positions are rotated in an attention's own forward.
+            if part != "container" and ("attention" if part == "rotary" else part) not in enabled:
                 continue
             family, reason = family_of(module, part)
             if reason:
@@ -190,6 +192,7 @@ def replaced_row(path: str, module: nn.Module, family: Family, settings: Setting
         "norm": f"gptkernels.{norm_of(family).__name__}",
         "mlp": "gptkernels.gated_mlp" if family.name in FORMULAS else "gptkernels.mlp",
         "loss": "gptkernels.linear_cross_entropy, in training",
+        "rotary": "gptkernels.rope",
     }[family.part]
     return Replaced(
         path or "the model", family.part, type(module).__name__, became, backend_of(module, family, settings)
@@ -213,6 +216,9 @@ def backend_of(module: Foreign, family: Family, settings: Settings) -> str:
     if family.part == "attention":
         qkv = (tensor(1, 1, 256, head_size(module) or 64) for _ in range(3))
         choice = explain(attention_op, *qkv, window=settings.window, **options)
+    elif family.part == "rotary":
+        q, tables = tensor(1, 1, 256, head_size(module) or 64), (tensor(256, head_size(module) or 64),) * 2
+        choice = explain(rope, q, q, *tables, **options)
     elif family.part == "norm":
         choice = explain(norm_of(family), tensor(256, parameter.numel()), tensor(parameter.numel()), **options)
     elif family.name in FORMULAS:

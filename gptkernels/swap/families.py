@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from . import gated_mlps, interface, loss, rms_norms, shape_families, transformers_families
+from . import gated_mlps, interface, loss, rms_norms, rotary, shape_families, transformers_families
 from .modules import FAMILIES, Family
 
 PARTS = ("attention", "norm", "mlp", "loss")
@@ -14,6 +14,7 @@ loss.add_all()
 interface.add_family()
 shape_families.add_all()
 rms_norms.add_all()
+rotary.add_all()
 gated_mlps.add_all()
 
 
