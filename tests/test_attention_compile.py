@@ -94,6 +94,23 @@ def test_attention(arch, bits, head_size):
             assert wide in compiled.ptx, f"{compiled.kernel} does not copy 16 bytes at a time in the background"
 
 
+@pytest.mark.parametrize(
+    ("head_size", "option"),
+    [(64, "sinks"), (128, "alibi_slopes"), (256, "softcap")],
+    ids=["gpt-oss", "BLOOM", "Gemma 2"],
+)
+def test_options(head_size, option):
+    q, k, v, out, dout = torch.empty(5, 1, 2, 256, head_size, dtype=torch.bfloat16)
+    lse, options = torch.empty(1, 2, 256), {option: 50.0 if option == "softcap" else torch.empty(2)}
+    call = AttentionCall(q, k, v, left=100, scale=0.1, return_lse=True, **options)
+    with compiled_launches(90) as launches:
+        triton_kernels.attention_fwd(call)
+        triton_kernels.attention_bwd(call, dout, out, lse, True, lse)
+    assert {compiled.kernel for compiled in launches} == KERNELS
+    for compiled in launches:
+        assert_within_limits(compiled)
+
+
 @pytest.mark.parametrize("layout", ["one head for all", "packed"])
 @pytest.mark.parametrize("head_size", [16, 32, 40, 64, 96, 128, 160, 256])  # one for each row
 def test_what_tma_cannot_address(head_size, layout):

@@ -171,6 +171,16 @@ def test_alibi(where, backend, causal, shape):
         assert_attention_parity(tensors, backend, causal=causal)
 
 
+@pytest.mark.parametrize("backend", BENDING)
+def test_wide_heads(anywhere, backend):
+    """BLOOM's and Gemma 2's"""
+    require(anywhere, backend)
+    tensors = make(anywhere, 70, heads=1, head_size=128, dtype=torch.bfloat16)
+    assert_attention_parity(with_slopes(anywhere, tensors, 1), backend)
+    tensors = make(anywhere, 70, heads=1, head_size=256, dtype=torch.bfloat16)
+    assert_attention_parity(tensors, backend, softcap=50.0, window=40)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lse_has_gradients(where, backend):
     require(where, backend)

@@ -20,6 +20,10 @@ def configurations(draw):
         "heads": kv_heads * draw(st.sampled_from([1, 2, 3])),
         "causal": draw(st.booleans()),
         "window": draw(st.none() | st.integers(1, 140)),
+        "softcap": draw(st.none() | st.sampled_from([1.0, 30.0])),
+        "sinks": draw(st.booleans()),
+        "slopes": draw(st.booleans()),
+        "return_lse": draw(st.booleans()),
         "scale": draw(st.none() | st.sampled_from([0.02, 0.5])),
         "torch_seed": draw(st.integers(0, 2**31)),
         "schedule": draw(st.integers(0, 2**31)),
@@ -45,7 +49,11 @@ def run(backend, config):
         tensors = make(where, config["queries"], config["keys"], batch=config["batch"], **shape)
         if config["starts"]:
             tensors["key_start"] = key_start(where, *config["starts"][: config["batch"]])
-    options = {name: config[name] for name in ("causal", "window", "scale")}
+    if config["sinks"]:
+        tensors["sinks"] = torch.randn(config["heads"]).requires_grad_()
+    if config["slopes"]:
+        tensors["alibi_slopes"] = torch.rand(config["heads"])
+    options = {name: config[name] for name in ("causal", "window", "scale", "softcap", "return_lse")}
     with simulator.use(90, config["schedule"]):
         assert_attention_parity(tensors, backend, **options)
 

@@ -23,9 +23,14 @@ def calls(where):
         *views.values(), key_start=key_start(where, 0, 7), seed=seed, left=3, right=3, scale=0.5, dropout=0.25
     )
     yield AttentionCall(*packed.values(), cu_seqlens=bounds, left=5, scale=0.125)
+    device = dense["q"].device
+    columns = {"sinks": torch.ones(2, device=device), "alibi_slopes": torch.ones(2, device=device)}
+    bounds_k = torch.tensor([0, 9, 9, 14], dtype=torch.int32, device=device)
+    own_keys = {"cu_seqlens": bounds, "cu_seqlens_k": bounds_k}
+    yield AttentionCall(*packed.values(), **columns, **own_keys, right=3, softcap=2.0, return_lse=True)
 
 
-@pytest.mark.parametrize("call", range(3))
+@pytest.mark.parametrize("call", range(4))
 def test_opcheck(anywhere, call):
     anywhere.require("triton")
     record = list(calls(anywhere))[call]
@@ -33,7 +38,8 @@ def test_opcheck(anywhere, call):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(triton_kernels.attention_fwd.torch_op, record.flat(), test_utils=checks)
     out, lse = triton_kernels.attention_fwd(record)
-    arguments = (*record.flat(), torch.randn_like(out), out, lse, True, None)
+    dlse = torch.randn_like(lse) if record.return_lse else None
+    arguments = (*record.flat(), torch.randn_like(out), out, lse, True, dlse)
     torch.library.opcheck(triton_kernels.attention_bwd.torch_op, arguments, test_utils=checks)
 
 
@@ -54,6 +60,27 @@ def test_compile_fullgraph(anywhere, head_size, dtype, dropout):
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(5)
+        out = function(*tensors)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_compile_fullgraph_with_all_options(anywhere, backend):
+    anywhere.require(backend)
+    torch._dynamo.reset()
+    slopes = torch.tensor([0.5, 0.25], device=anywhere.device)
+
+    def block(q, k, v, sinks):
+        options = {"causal": False, "window": (20, 3), "softcap": 3.0, "alibi_slopes": slopes, "return_lse": True}
+        out, lse = gk.attention(q * 2, k, v, sinks=sinks * 2, backend=backend, **options)
+        return out.sin() + lse.unsqueeze(-1).cos().to(out.dtype)
+
+    sinks = torch.randn(2, device=anywhere.device, requires_grad=True)
+    tensors = [*make(anywhere, 40, head_size=32).values(), sinks]
+    results = []
+    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
         out = function(*tensors)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), tensors)))
     for a, b in zip(*results, strict=True):

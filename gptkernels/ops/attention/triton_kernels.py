@@ -115,7 +115,12 @@ def bytes_of_head(k: Tensor) -> int:
 def measured_row(kernel: str, call: AttentionCall, may_use_tma: bool) -> dict:
     """Of the launch table, or what was measured for calls like this one where that does not use TMA in vain"""
     q = call.q
-    row = launch_row(kernel, hardware.arch(q.device), q.element_size(), q.shape[-1], may_use_tma)
+    arch = hardware.arch(q.device)
+    row = launch_row(kernel, arch, q.element_size(), q.shape[-1], may_use_tma)
+    if (call.softcap is not None or call.alibi_slopes is not None) and arch >= 90 and q.shape[-1] > 96:
+        # What bends the scores takes registers, of which wide heads leave too few for whole blocks on the way.
+        streamed = "BLOCK_M" if kernel == "dkdv" else "BLOCK_N"
+        row[streamed] = max(16, row[streamed] // 2)
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "STAGES")
     usual = tuple(row[name] for name in names)
     setting = f"attention_{kernel}" + "_tma" * row["TMA"]
