@@ -60,7 +60,7 @@ def attention_launches(
     if not backward:
         return launches_of(lambda: module.attention_fwd(call))
     lse = torch.full((1, heads, tokens), 3.0)
-    return launches_of(lambda: module.attention_bwd(call, dout, out, lse, False))
+    return launches_of(lambda: module.attention_bwd(call, dout, out, lse))
 
 
 def attention(

@@ -35,7 +35,7 @@ def launch(head_size, dtype, window, layout="plain"):
     left, right = sides(True, window)
     call = AttentionCall(q, k, v, cu_seqlens=cu_seqlens, left=left, right=right, scale=0.1)
     triton_kernels.attention_fwd(call)
-    triton_kernels.attention_bwd(call, dout, out, lse, True)
+    triton_kernels.attention_bwd(call, dout, out, lse)
 
 
 def test_every_row_is_compiled_here():
@@ -105,7 +105,7 @@ def test_options(head_size, option):
     call = AttentionCall(q, k, v, left=100, scale=0.1, return_lse=True, **options)
     with compiled_launches(90) as launches:
         triton_kernels.attention_fwd(call)
-        triton_kernels.attention_bwd(call, dout, out, lse, True, lse)
+        triton_kernels.attention_bwd(call, dout, out, lse, lse)
     assert {compiled.kernel for compiled in launches} == KERNELS
     for compiled in launches:
         assert_within_limits(compiled)

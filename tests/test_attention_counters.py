@@ -26,7 +26,7 @@ def count(arch, length, window, head_size=64, causal=True):
         left, right = sides(causal, window)
         call = AttentionCall(q, k, v, left=left, right=right, scale=0.125)
         out, lse = triton_kernels.attention_fwd(call)
-        triton_kernels.attention_bwd(call, dout, out, lse, True)
+        triton_kernels.attention_bwd(call, dout, out, lse)
     return stats
 
 

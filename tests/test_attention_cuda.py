@@ -146,7 +146,7 @@ def test_strides_beyond_32_bits(hopper):
     # Outputs that are as far apart: the launchers' own would be dense.
     with mock.patch.object(outputs, "empty_in_order_of", side_effect=lambda x: far_apart().fill_(torch.nan)):
         out, lse = cuda_kernels.attention_fwd(call)
-        *grads, _ = cuda_kernels.attention_bwd(call, dout, out, lse, True)
+        *grads, _ = cuda_kernels.attention_bwd(call, dout, out, lse)
     for value, truth in zip((out, *grads), expected, strict=True):
         torch.testing.assert_close(value, truth)
 
@@ -359,7 +359,7 @@ def test_ops_are_well_formed(hopper, packed):
     out, lse = cuda_kernels.attention_fwd(call)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(cuda_kernels.attention_fwd.torch_op, call.flat(), test_utils=tests)
-    backward = (*call.flat(), dout, out, lse, True, None)
+    backward = (*call.flat(), dout, out, lse, None)
     torch.library.opcheck(cuda_kernels.attention_bwd.torch_op, backward, test_utils=tests)
 
 

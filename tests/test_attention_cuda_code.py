@@ -95,7 +95,7 @@ def test_executes_no_more_than_flash_attention_3(main_kernel_last, direction, to
     with using(main_kernel_last), simulator.use(arch=90):
         out, lse = cuda_kernels.attention_fwd(call)
         if direction == "bwd":
-            cuda_kernels.attention_bwd(call, torch.randn_like(q), out, lse, False)
+            cuda_kernels.attention_bwd(call, torch.randn_like(q), out, lse)
         stats = counters()
     assert stats.warp_instructions / stats.tensor_flops * 1e3 <= FLASH_ATTENTION_3[direction, tokens]
     assert stats.shared_wavefronts == stats.shared_ideal_wavefronts
@@ -132,7 +132,7 @@ def test_visits_only_the_band(main_kernel_last, head_dim, causal, window):
     with using(main_kernel_last), simulator.use(arch=90):
         out, lse = cuda_kernels.attention_fwd(call)
         assert counters().tensor_flops == flops(192 if head_dim == 64 else 128, 80 if head_dim == 256 else 128, 4)
-        cuda_kernels.attention_bwd(call, torch.randn_like(q), out, lse, False)
+        cuda_kernels.attention_bwd(call, torch.randn_like(q), out, lse)
         assert counters().tensor_flops == flops(128 if head_dim == 64 else 64, 64 if head_dim == 256 else 128, 10)
 
 
@@ -163,7 +163,7 @@ def test_backward_pads_heads_no_further_than_this(library, head_dim, queries, ke
     q, k, v, out, dout = (torch.randn(1, 1, 300, head_dim).bfloat16() for _ in range(5))
     call = AttentionCall(q, k, v, right=None, scale=0.1)
     with simulator.use(arch=90), timing.recording() as launches:
-        cuda_kernels.attention_bwd(call, dout, out, torch.zeros(1, 1, 300), False)
+        cuda_kernels.attention_bwd(call, dout, out, torch.zeros(1, 1, 300))
     (main,) = (launch for launch in launches if "attention_bwd_kernel" in launch.kernel)
     blocks = -(-300 // queries) * -(-300 // keys)
     assert main.stats["tensor_flops"] == blocks * 2 * queries * keys * columns

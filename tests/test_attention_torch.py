@@ -39,7 +39,7 @@ def test_opcheck(anywhere, call):
     torch.library.opcheck(triton_kernels.attention_fwd.torch_op, record.flat(), test_utils=checks)
     out, lse = triton_kernels.attention_fwd(record)
     dlse = torch.randn_like(lse) if record.return_lse else None
-    arguments = (*record.flat(), torch.randn_like(out), out, lse, True, dlse)
+    arguments = (*record.flat(), torch.randn_like(out), out, lse, dlse)
     torch.library.opcheck(triton_kernels.attention_bwd.torch_op, arguments, test_utils=checks)
 
 

@@ -244,15 +244,14 @@ def test_attention_weights_are_refused(name):
         fast(**inputs(FAMILIES[0]), output_attentions=True)
 
 
-def test_softcap_and_sinks_are_refused_even_with_the_fallback():
-    """SDPA cannot do them either."""
+def test_softcap_and_sinks_never_fall_back():
+    """SDPA cannot do them: a mask that the kernels cannot take is an error even where it would run."""
     gk.hf.register(fallback="sdpa")
-    _, fast = pair(named("Gemma2", llama_like("Gemma2", attn_logit_softcapping=30.0)))
-    with pytest.raises(NotImplementedError, match="soft capping of the scores"):
-        fast(**inputs(FAMILIES[0]))
-    model, fast = pair(named("Gemma2", llama_like("Gemma2", attn_logit_softcapping=None, sliding_window=5)))
+    model, fast = pair(named("Gemma2", llama_like("Gemma2", attn_logit_softcapping=0.5, sliding_window=5)))
     arguments = inputs(FAMILIES[0])
     torch.testing.assert_close(fast(**arguments).logits, model(**arguments).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="soft-capped scores or attention sinks"):
+        fast(**{**arguments, "attention_mask": torch.zeros(2, 1, 24, 24)})
 
 
 def test_a_window_is_never_lost():

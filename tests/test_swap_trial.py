@@ -47,7 +47,12 @@ REPLACED = {
     "cohere": ("CohereForCausalLM", "CohereConfig", {**TOKENS, **DECODER, "logit_scale": 0.3}, {"loss": 1}),
     "gemma2": (
         *("Gemma2ForCausalLM", "Gemma2Config"),
-        *({**TOKENS, **DECODER, "head_dim": 16, "final_logit_softcapping": 0.5}, {"loss": 1}),
+        *({**TOKENS, **DECODER, "head_dim": 16, "final_logit_softcapping": 0.5, "attn_logit_softcapping": 0.2},),
+        {"attention": 2, "loss": 1},
+    ),
+    "gpt_oss": (
+        *("GptOssForCausalLM", "GptOssConfig"),
+        *({**TOKENS, **DECODER, "head_dim": 16, "num_local_experts": 4, "sliding_window": 4}, {"attention": 2}),
     ),
     "phi": ("PhiForCausalLM", "PhiConfig", {**TOKENS, **DECODER}, {"attention": 2, "loss": 1}),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", {**GPT, "rotary_dim": 8}, {"loss": 1}),
@@ -74,7 +79,11 @@ def made(model: str, config: str, options: dict) -> torch.nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, config)(**options)
     config._attn_implementation = "eager"
-    return getattr(transformers, model)(config).eval()
+    found = getattr(transformers, model)(config).eval()
+    for name, parameter in found.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+    return found
 
 
 def arguments(model) -> dict:

@@ -27,8 +27,6 @@ from .modules import settings_of
 NAME = "gptkernels"
 # What changes the result and is no argument of gptkernels.attention, and whether SDPA could do it.
 UNSUPPORTED = {
-    "softcap": ("soft capping of the scores", False),
-    "s_aux": ("attention sinks", False),
     "position_bias": ("a position bias", True),
     "head_mask": ("a head mask", False),
 }
@@ -174,13 +172,18 @@ def gptkernels_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """query: (B, H, Tq, D), key, value: (B, Hkv, Tk, D), attention_mask: of gptkernels_mask -> (B, Tq, H, D), None"""
+    """query: (B, H, Tq, D), key, value: (B, Hkv, Tk, D), attention_mask: of gptkernels_mask, s_aux: (H,), attention
+    sinks -> (B, Tq, H, D), None"""
     sliding_window = sliding_window or None  # 0 is how some configurations say that there is none
     try:
         mask = mask_of_call(module, query, key, attention_mask, sliding_window, is_causal, others)
     except Unrepresentable as problem:
+        if softcap is not None or s_aux is not None:
+            raise NotImplementedError(f"{problem}, with soft-capped scores or attention sinks") from problem
         is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         window = settings_of(module).window
         dense = dense_mask(query, key, attention_mask, sliding_window, window, is_causal, problem)
@@ -188,7 +191,15 @@ def gptkernels_attention(
         others.pop("output_attentions", None)
         return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal=False, **others)
     settings = settings_of(module)
-    out = masks.attend(query, key, value, mask, scale=scaling, dropout=dropout, backend=settings.backend)
+    sinks = s_aux if s_aux is None or s_aux.dtype == torch.float32 else s_aux.to(query.dtype)
+    out = masks.attend(
+        *(query, key, value, mask),
+        scale=scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=sinks,
+        backend=settings.backend,
+    )
     return out.transpose(1, 2), None
 
 

@@ -15,11 +15,15 @@ from .report import Left
 from .trial import disagreement, refusal
 
 NAME = "transformers attention"
-# Of the attention module or its configuration: what gptkernels.attention does not have.
+# Of the attention module or its configuration: the keyword by which attention functions are told of it, and why it has
+# to stay where they are not.
 FEATURES = {
-    "attn_logit_softcapping": "its scores are soft-capped, which gptkernels.attention does not do",
-    "sinks": "it has attention sinks, which gptkernels.attention does not do",
-    "attention_chunk_size": "it attends within chunks, which gptkernels.attention does not do",
+    "attn_logit_softcapping": (
+        "softcap",
+        "its scores are soft-capped, of which it does not tell its attention function",
+    ),
+    "sinks": ("s_aux", "it has attention sinks, of which it does not tell its attention function"),
+    "attention_chunk_size": (None, "it attends within chunks, which gptkernels.attention does not do"),
 }
 # These have no such look-up, but take the masks that the configuration chooses.
 MASKS_ONLY = ("GPT-Neo attention", "GPT-J attention")
@@ -87,8 +91,8 @@ def in_order(found: dict[str, list[Family]], modules: dict[str, nn.Module]) -> N
 
 def reason_against(modules: dict[str, nn.Module], path: str, families: list[str]) -> str | None:
     module = modules[path]
-    for feature, reason in FEATURES.items():
-        if getattr(module, feature, None) is not None or getattr(module.config, feature, None) is not None:
+    for feature, (keyword, reason) in FEATURES.items():
+        if has(module, feature) and keyword not in keywords_of(module):
             return reason
     if "position_bias" in inspect.unwrap(type(module).forward).__code__.co_varnames:
         return "its scores have a position bias, which gptkernels.attention does not add"
@@ -99,6 +103,16 @@ def reason_against(modules: dict[str, nn.Module], path: str, families: list[str]
     if not uses_interface(module):
         return f"{type(module).__name__} does not look its attention up in transformers' AttentionInterface"
     return None
+
+
+def has(module: Any, feature: str) -> bool:
+    return getattr(module, feature, None) is not None or getattr(module.config, feature, None) is not None
+
+
+def keywords_of(module: nn.Module) -> set[str]:
+    """By which the module's forward passes anything on"""
+    constants = inspect.unwrap(type(module).forward).__code__.co_consts
+    return {name for names in constants if isinstance(names, tuple) for name in names if isinstance(name, str)}
 
 
 def reason_by_trying(modules: dict[str, nn.Module], path: str, configs: dict[int, Any]) -> str | None:
@@ -117,7 +131,8 @@ def reason_by_trying(modules: dict[str, nn.Module], path: str, configs: dict[int
             undo()
 
     supported = getattr(owner_of(modules, path), "_supports_attention_backend", False)
-    return refusal(whole, ours) if supported else disagreement(whole, ours)
+    added = any(has(modules[path], feature) for feature in FEATURES)
+    return refusal(whole, ours) if supported and not added else disagreement(whole, ours)
 
 
 def not_looked_up(modules: dict[str, nn.Module], found: dict[str, list[Family]], candidates: dict) -> list[Left]:
@@ -140,7 +155,7 @@ def missing_in(module: nn.Module) -> str:
     names = inspect.unwrap(type(module).forward).__code__
     words = {*names.co_varnames, *names.co_names, *vars(module), *module._parameters}
     if words & {"alibi", "position_bias"}:
-        return "it adds ALiBi or a position bias to its scores, which gptkernels.attention does not do"
+        return "it adds ALiBi or a position bias to its scores in code of its own, which is no family here"
     if words & {"r_w_bias", "rel_attn_core"}:
         return "it adds relative positions to its scores, which gptkernels.attention does not do"
     return "it writes its attention out, where transformers' AttentionInterface would find ours, and is no family here"

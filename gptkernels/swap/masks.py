@@ -192,6 +192,8 @@ def attend(
     *,
     scale: float | None,
     dropout: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str,
 ) -> Tensor:
     """q: (B, H, Tq, D), k, v: (B, Hkv, Tk, D) -> (B, H, Tq, D). What a padding query gives is finite, and no more."""
@@ -201,6 +203,8 @@ def attend(
         "window": window,
         "scale": scale,
         "dropout": dropout,
+        "softcap": softcap,
+        "sinks": sinks,
         "backend": backend,
     }
     if mask.packed:
@@ -209,9 +213,10 @@ def attend(
         return out.view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
     if mask.kind == "cache":
         end, start = columns[:, :1].expand(q.shape[0], 1), columns[:, 1:]
-        if not start.numel() and takes_decode(q, k, v, window, dropout):
+        if not start.numel() and takes_decode(q, k, v, window, dropout, sinks):
+            options = {name: options[name] for name in ("window", "scale", "softcap", "sinks")}
             lengths = end.flatten().contiguous()
-            return decode_attention(q, k, v, lengths, window=window, scale=scale, backend=decode_backend(backend))
+            return decode_attention(q, k, v, lengths, **options, backend=decode_backend(backend))
         # The used part of the cache is brought to its end.
         keys = k.shape[2]
         order = (torch.arange(keys, device=k.device) + end) % keys
@@ -227,10 +232,11 @@ def attend(
     return attention(q, k, v, key_start=key_start, **options)
 
 
-def takes_decode(q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float) -> bool:
+def takes_decode(q: Tensor, k: Tensor, v: Tensor, window: int | None, dropout: float, sinks: Tensor | None) -> bool:
     """Whether decode_attention, which reads the cache where it is, takes this call."""
     tokens, capacity = q.shape[2], k.shape[2]
-    if dropout or tokens > MAX_TOKENS or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
+    if dropout or tokens > MAX_TOKENS or differentiable:
         return False
     return window is None or window > capacity or window + tokens - 1 <= capacity
 

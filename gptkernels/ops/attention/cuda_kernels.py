@@ -113,14 +113,14 @@ def fwd_launch(call: AttentionCall, out: Tensor) -> tuple[Copies, Launch]:
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dout, out: as q, lse, dlse: (B, H, Tq) or (H, T) -> gradients of q, k, v, sinks. All but that of q have the same
     bits on every run, that of q with a window or `deterministic`."""
     if call.q.numel() == 0 or call.k.numel() == 0:
         return without_pairs(call, dout, out, lse, dlse)
-    dq, dk, dv, dsinks = bwd_outputs(call, dout, out, lse, deterministic, dlse)
-    copies, workspace_bytes, launch = bwd_launch(call, dout, out, deterministic, grads=(dq, dk, dv))
+    dq, dk, dv, dsinks = bwd_outputs(call, dout, out, lse, dlse)
+    copies, workspace_bytes, launch = bwd_launch(call, dout, out, call.deterministic, grads=(dq, dk, dv))
     workspace = torch.empty((workspace_bytes // 4,), dtype=torch.float32, device=call.q.device)
     dout, q, k, v = copies(dout, call.q, call.k, call.v)
     delta = None if call.sinks is None else torch.empty_like(lse)

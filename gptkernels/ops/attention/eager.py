@@ -183,10 +183,10 @@ def without_sinks(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dout, out: as q, lse, dlse: (B, H, Tq) or (H, T) -> gradients of q, k, v, sinks"""
-    *grads, dsinks = bwd_outputs(call, dout, out, lse, deterministic, dlse)
+    *grads, dsinks = bwd_outputs(call, dout, out, lse, dlse)
     q, k, v, scale = call.q, call.k, call.v, call.scale
     if call.sinks is not None and dsinks is not None:
         dsinks.copy_(sinks_grad(call.sinks, lse, delta_of(dout, out, dlse)))

@@ -119,11 +119,11 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx, dout, dlse=None):
         *tensors, out, lse = ctx.saved_tensors
         call = with_key(AttentionCall(*tensors, *ctx.options), ctx.key)
-        deterministic = call.deterministic or torch.are_deterministic_algorithms_enabled()
+        call.deterministic = call.deterministic or torch.are_deterministic_algorithms_enabled()
         # A gradient expanded from one number has no contiguous dimension.
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        *grads, dsinks = ctx.kernels.attention_bwd(call, dout, out, lse, deterministic, dlse)
+        *grads, dsinks = ctx.kernels.attention_bwd(call, dout, out, lse, dlse)
         grads = (*grads, None if call.sinks is None else dsinks)
         grads = first_order_only("attention", grads, (dout, dlse, *tensors[:4]))
         return None, None, *grads, *WITHOUT_GRADIENT

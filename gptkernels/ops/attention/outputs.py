@@ -25,7 +25,7 @@ def fwd_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def bwd_outputs(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """-> gradients of q, k, v, in their memory order, and of sinks"""
     dq, dk, dv = (empty_in_order_of(x) for x in (call.q, call.k, call.v))

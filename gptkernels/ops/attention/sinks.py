@@ -32,7 +32,7 @@ def sinks_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 def without_pairs(call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None):
     """-> all gradients, of a call without queries or without keys"""
-    *grads, dsinks = bwd_outputs(call, dout, out, lse, True, dlse)
+    *grads, dsinks = bwd_outputs(call, dout, out, lse, dlse)
     dq, dk, dv = (grad.zero_() for grad in grads if grad is not None)
     if call.sinks is not None and dsinks is not None:
         dsinks.copy_(sinks_grad(call.sinks, lse, delta_of(dout, out, dlse)))

@@ -157,14 +157,14 @@ def fwd_launch(call: AttentionCall, out: Tensor):
 
 @torch_op(fake=bwd_outputs)
 def attention_bwd(
-    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, deterministic: bool, dlse: Tensor | None = None
+    call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dout, out: as q, lse, dlse: (B, H, Tq) or (H, T) -> gradients of q, k, v, sinks. The same on every run, with
     `deterministic` or without."""
     q, k, v = call.q, call.k, call.v
     if q.numel() == 0 or k.numel() == 0:
         return without_pairs(call, dout, out, lse, dlse)
-    dq, dk, dv, dsinks = bwd_outputs(call, dout, out, lse, deterministic, dlse)
+    dq, dk, dv, dsinks = bwd_outputs(call, dout, out, lse, dlse)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     delta = empty_like(lse)
     of_q, k_parts, v_parts, of_keys, dout_parts, q_parts = bwd_launches(call, dout, out, dlse, grads=(dq, dk, dv))
