@@ -34,10 +34,10 @@ def transformers_model(model: str, config: str, **options) -> Callable[[], nn.Mo
     return make
 
 
-def llama_like(name: str, **options) -> Callable[[], nn.Module]:
+def llama_like(name: str, config: str = "", **options) -> Callable[[], nn.Module]:
     sizes = {"hidden_size": WIDTH, "intermediate_size": 96, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS}
     options = {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, **options}
-    return transformers_model(f"{name}ForCausalLM", f"{name}Config", **sizes, **options)
+    return transformers_model(f"{name}ForCausalLM", config or f"{name}Config", **sizes, **options)
 
 
 GPT2 = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "n_positions": 128}
@@ -136,13 +136,17 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=padding))
 
 
-def calls(layers: int = LAYERS, norms: int = 0, rms_norms: int = 0, gated: bool = False) -> dict[str, int]:
-    mlps = {"mlp": 0 if gated else layers, "gated_mlp": layers if gated else 0}
-    return {"attention": layers, "layer_norm": norms, "rms_norm": rms_norms, **mlps}
+def calls(
+    layers: int = LAYERS, norms: int = 0, rms_norms: int = 0, gated: bool | None = False, rope: int = 0
+) -> dict[str, int]:
+    """gated: None where there is no MLP that could be replaced"""
+    mlps = {"mlp": layers if gated is False else 0, "gated_mlp": layers if gated else 0}
+    return {"attention": layers, "layer_norm": norms, "rms_norm": rms_norms, **mlps, "rope": rope}
 
 
 PRE_NORM = calls(norms=2 * LAYERS + 1)
-GATED = calls(rms_norms=2 * LAYERS + 1, gated=True)
+GATED = calls(rms_norms=2 * LAYERS + 1, gated=True, rope=LAYERS)
+NORMS_AFTER = calls(rms_norms=4 * LAYERS + 1, gated=True, rope=LAYERS)  # or of queries and keys
 FAMILIES = [
     ModelFamily("GPT-2", transformers_model("GPT2LMHeadModel", "GPT2Config", **GPT2, **NO_DROPOUT), calls=PRE_NORM),
     ModelFamily(
@@ -161,7 +165,16 @@ FAMILIES = [
         transformers_model("GPTJForCausalLM", "GPTJConfig", **GPT2, **NO_DROPOUT, rotary_dim=8),
         calls=calls(norms=LAYERS + 1),
     ),
-    ModelFamily("GPT-NeoX", transformers_model("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX), calls=PRE_NORM),
+    ModelFamily(
+        "GPT-NeoX",
+        transformers_model("GPTNeoXForCausalLM", "GPTNeoXConfig", **NEOX),
+        calls=calls(norms=2 * LAYERS + 1, rope=LAYERS),
+    ),
+    ModelFamily(
+        "GPT-BigCode",
+        transformers_model("GPTBigCodeForCausalLM", "GPTBigCodeConfig", **GPT2, **NO_DROPOUT),
+        calls=PRE_NORM,
+    ),
     ModelFamily(
         "OPT", transformers_model("OPTForCausalLM", "OPTConfig", **OPT, word_embed_proj_dim=WIDTH), calls=PRE_NORM
     ),
@@ -172,7 +185,35 @@ FAMILIES = [
         llama_like("Qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
         calls=GATED,
     ),
+    ModelFamily("Qwen3", llama_like("Qwen3"), calls=NORMS_AFTER),
     ModelFamily("Gemma", llama_like("Gemma"), calls=GATED),
+    ModelFamily(
+        "Gemma 2",
+        llama_like("Gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0, sliding_window=7),
+        calls=NORMS_AFTER,
+    ),
+    ModelFamily(
+        "Gemma 3",
+        llama_like("Gemma3", sliding_window=7, config="Gemma3TextConfig"),
+        calls=calls(rms_norms=6 * LAYERS + 1, gated=True, rope=LAYERS),
+    ),
+    ModelFamily("OLMo 2", llama_like("Olmo2"), calls=NORMS_AFTER),
+    ModelFamily("Granite", llama_like("Granite", logits_scaling=3.0), calls=GATED),
+    ModelFamily("Phi", llama_like("Phi"), calls=calls(norms=LAYERS + 1, rope=LAYERS)),
+    ModelFamily("Phi-3", llama_like("Phi3"), calls=GATED),
+    ModelFamily(
+        "StarCoder2", llama_like("Starcoder2", residual_dropout=0.0), calls=calls(norms=2 * LAYERS + 1, rope=LAYERS)
+    ),
+    ModelFamily(
+        "Mixtral",
+        llama_like("Mixtral", num_local_experts=4, experts_implementation="eager"),
+        calls=calls(rms_norms=2 * LAYERS + 1, gated=None, rope=LAYERS),
+    ),
+    ModelFamily(
+        "gpt-oss",
+        llama_like("GptOss", num_local_experts=4, sliding_window=7, experts_implementation="eager"),
+        calls=calls(rms_norms=2 * LAYERS + 1, gated=None, rope=LAYERS),
+    ),
     ModelFamily(
         "BERT",
         transformers_model("BertForMaskedLM", "BertConfig", **BERT),
@@ -183,6 +224,13 @@ FAMILIES = [
     ModelFamily(
         "ALBERT",
         transformers_model("AlbertForMaskedLM", "AlbertConfig", **BERT, embedding_size=32),
+        causal=False,
+        generates=False,
+        calls=calls(norms=2 * LAYERS + 2),
+    ),
+    ModelFamily(
+        "RoBERTa",
+        transformers_model("RobertaForMaskedLM", "RobertaConfig", **BERT),
         causal=False,
         generates=False,
         calls=calls(norms=2 * LAYERS + 2),

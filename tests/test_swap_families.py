@@ -39,7 +39,7 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 EXACT = "exact"
-FEATURES = ("attention", "norm", "mlp", "loss", "left padding", "right padding", "generate", "window")
+FEATURES = ("attention", "rotary", "norm", "mlp", "loss", "left padding", "right padding", "generate", "window")
 table: dict[str, dict[str, str]] = {}
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -111,6 +111,9 @@ def test_logits_gradients_and_calls(family, op_calls):
         made_of_it = sum(family.calls[op] for op in ops)
         assert len(reasons) == (0 if made_of_it else 1), reasons
         record(family, part, EXACT if made_of_it else f"left: {reasons.pop()}")
+    rotates = any("rotary" in name for name, _ in model.named_modules())
+    assert bool(report.counts().get("rotary")) == bool(family.calls["rope"])
+    record(family, "rotary", EXACT if family.calls["rope"] else "its own" if rotates else "has none")
 
 
 @each_family

@@ -9,6 +9,7 @@ from .modules import FAMILIES, Family
 
 PARTS = ("attention", "norm", "mlp", "loss")
 
+shape_families.add_last_resorts()
 transformers_families.add_all()
 loss.add_all()
 interface.add_family()

@@ -8,6 +8,7 @@ from ..ops.layer_norm import layer_norm
 from . import masks
 from .modules import FAMILIES, Family, Foreign, original, settings_of
 from .parts import (
+    is_conv1d,
     layer_norm_forward,
     mlp_forward,
     mlp_reason,
@@ -159,13 +160,23 @@ MLP_NAMES = (
 )
 
 
-def looks_like_mlp(fc: str, activation: str, proj: str, dropout: str):
+# As transformers' models have them that no other family names
+TRANSFORMERS_MLP_NAMES = (("c_fc", "act", "c_proj", "dropout"), ("fc1", "activation_fn", "fc2", "dropout"))
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def looks_like_mlp(fc: str, activation: str, proj: str, dropout: str, of_transformers: bool = False):
     def matches(module: nn.Module) -> bool | str:
         children = children_of(module)
         first, between, second, last = (children.pop(name, None) for name in (fc, activation, proj, dropout))
-        if type(module).__module__.startswith("transformers.") or between is None:
+        if type(module).__module__.startswith("transformers.") != of_transformers or between is None:
             return False
-        if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear):
+        if first is None or second is None or not (is_linear(first) and is_linear(second)):
+            return False
+        if children and of_transformers:  # a whole layer
             return False
         if children or not isinstance(last, nn.Dropout | None):
             return f"it also has {', '.join(children) or 'a dropout of its own kind'}"
@@ -183,10 +194,18 @@ def shaped_mlp(fc: str, activation: str, proj: str, dropout: str):
     return forward
 
 
-def add_all() -> None:
-    def add(name, part, matches, probed=False, **methods):
-        FAMILIES[name] = Family(name, part, matches, methods, probed)
+def add(name, part, matches, probed=False, **methods) -> None:
+    FAMILIES[name] = Family(name, part, matches, methods, probed)
 
+
+def add_last_resorts() -> None:
+    """Before all others, which are asked before them"""
+    for names in TRANSFORMERS_MLP_NAMES:
+        name = f"transformers MLP of {names[0]}, {names[1]}, {names[2]}"
+        add(name, "mlp", looks_like_mlp(*names, of_transformers=True), True, forward=shaped_mlp(*names))
+
+
+def add_all() -> None:
     add("LayerNorm", "norm", is_layer_norm, forward=layer_norm_forward)
     add(
         "TransformerEncoderLayer attention",

@@ -145,14 +145,12 @@ def add_all() -> None:
             is_mlp(cls, "forward", fc, activation, proj),
             forward=mlp_forward(fc, activation, proj, dropout),
         )
-    opt, bert, albert = (
-        "opt.modeling_opt.OPTDecoderLayer",
-        "bert.modeling_bert.BertLayer",
-        "albert.modeling_albert.AlbertLayer",
-    )
+    opt, albert = "opt.modeling_opt.OPTDecoderLayer", "albert.modeling_albert.AlbertLayer"
     add("OPT MLP", "mlp", is_mlp(opt, "forward", "fc1", "activation_fn", "fc2"), forward=opt_layer)
     bert_path = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
-    add("BERT MLP", "mlp", is_mlp(bert, "feed_forward_chunk", *bert_path), feed_forward_chunk=bert_chunk)
+    for name, cls in (("BERT", "bert.modeling_bert.BertLayer"), ("RoBERTa", "roberta.modeling_roberta.RobertaLayer")):
+        chunk = is_mlp(cls, "feed_forward_chunk", *bert_path)
+        add(f"{name} MLP", "mlp", chunk, feed_forward_chunk=bert_chunk)
     add("ALBERT MLP", "mlp", is_mlp(albert, "ff_chunk", "ffn", "activation", "ffn_output"), ff_chunk=albert_chunk)
     for name, cls, scores in (
         ("GPT-Neo attention", "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", gpt_neo_scores),
