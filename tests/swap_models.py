@@ -205,6 +205,9 @@ FAMILIES = [
         "StarCoder2", llama_like("Starcoder2", residual_dropout=0.0), calls=calls(norms=2 * LAYERS + 1, rope=LAYERS)
     ),
     ModelFamily(
+        "Cohere", llama_like("Cohere", logit_scale=0.3), calls=calls(norms=LAYERS + 1, gated=True, rope=LAYERS)
+    ),
+    ModelFamily(
         "Mixtral",
         llama_like("Mixtral", num_local_experts=4, experts_implementation="eager"),
         calls=calls(rms_norms=2 * LAYERS + 1, gated=None, rope=LAYERS),

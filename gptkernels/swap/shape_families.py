@@ -151,6 +151,22 @@ def plain_layer_norm(module: Foreign, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, eps=eps, backend=settings_of(module).backend)
 
 
+def looks_like_cohere_norm(module: nn.Module) -> bool:
+    """A LayerNorm of transformers' that has a weight and no bias"""
+    parameters = dict(module.named_parameters())
+    return (
+        type(module).__name__.endswith("LayerNorm")
+        and type(module).__module__.startswith("transformers.")
+        and parameters.keys() == {"weight"}
+        and parameters["weight"].ndim == 1
+        and isinstance(getattr(module, "variance_epsilon", None), float)
+    )
+
+
+def cohere_norm(module: Foreign, x: Tensor) -> Tensor:
+    return layer_norm(x, module.weight, eps=module.variance_epsilon, backend=settings_of(module).backend)
+
+
 MLP_NAMES = (
     ("c_fc", "gelu", "c_proj", "dropout"),
     ("c_fc", "act", "c_proj", "dropout"),
@@ -200,6 +216,7 @@ def add(name, part, matches, probed=False, **methods) -> None:
 
 def add_last_resorts() -> None:
     """Before all others, which are asked before them"""
+    add("transformers LayerNorm without a bias", "norm", looks_like_cohere_norm, True, forward=cohere_norm)
     for names in TRANSFORMERS_MLP_NAMES:
         name = f"transformers MLP of {names[0]}, {names[1]}, {names[2]}"
         add(name, "mlp", looks_like_mlp(*names, of_transformers=True), True, forward=shaped_mlp(*names))
