@@ -6,6 +6,7 @@ import torch
 from conftest import Where, device_kind
 from test_attention import assert_attention_parity, key_start, make, make_packed
 
+import gptkernels as gk
 from gptkernels.ops.attention import attention, reference
 
 BACKENDS = ["eager", "triton", "cuda"]
@@ -261,3 +262,15 @@ def test_cuda_on_any_schedule(seed, request):
         tensors = with_sinks(where, tensors, 2.0, -1.0, dtype=(dtype, torch.float32)[seed // 4])
         options = ({"window": (100, 30), "causal": False}, {}, {"window": (None, 50), "causal": False}, {"window": 80})
         assert_attention_parity(tensors, "cuda", return_lse=True, **options[seed // 2 % 4])
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
+def test_what_there_is_one_of_for_each_row_or_head_may_be_expanded(anywhere, backend):
+    anywhere.require(backend)
+    q, k, v = torch.randn(3, 3, 2, 40, 32).to(anywhere.device, torch.float16)
+    one = {"key_start": torch.tensor([7], dtype=torch.int32).expand(3), "sinks": torch.tensor([1.0]).expand(2)}
+    if backend != "cuda":
+        one["alibi_slopes"] = torch.tensor([0.3]).expand(2)
+    one = {name: x.to(anywhere.device) for name, x in one.items()}
+    expected = gk.attention(q, k, v, **{name: x.contiguous() for name, x in one.items()}, backend=backend)
+    assert torch.equal(gk.attention(q, k, v, **one, backend=backend), expected)

@@ -89,8 +89,11 @@ def attention(
             right = None
         factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
         cap = None if softcap is None else float(softcap)
+        # As kernels read them, one after the other
+        columns = (sinks, key_start, cu_seqlens, cu_seqlens_k, alibi_slopes)
+        of_sinks, start, bounds, bounds_k, slopes = (x if x is None else x.contiguous() for x in columns)
         return AttentionCall(
-            *padded_heads(q, k, v), sinks, key_start, cu_seqlens, cu_seqlens_k, alibi_slopes, None,
+            *padded_heads(q, k, v), of_sinks, start, bounds, bounds_k, slopes, None,
             left, right, factor, float(dropout), cap, return_lse, deterministic,
         )  # fmt: skip
 

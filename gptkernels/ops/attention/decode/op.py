@@ -71,9 +71,10 @@ def decode_attention(
             )
         factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
         cap = None if softcap is None else float(softcap)
-        table, start = (x if x is None else x.contiguous() for x in (block_table, key_start))
+        columns = (block_table, sinks, key_start)
+        table, of_sinks, start = (x if x is None else x.contiguous() for x in columns)
         tensors = *padded_heads(q, k_cache, v_cache), lengths.contiguous()
-        call = DecodeCall(*tensors, table, sinks, start, window, causal, factor, cap)
+        call = DecodeCall(*tensors, table, of_sinks, start, window, causal, factor, cap)
         if window is not None and window > call.capacity:
             call.window = None
         # Values that are at hand; the launchers look at others.
