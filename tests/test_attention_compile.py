@@ -132,11 +132,30 @@ def test_decode(arch, head_size):
             q, cache = torch.empty(1, 8, 1, head_size, dtype=dtype), torch.empty(1, 2, 4096, head_size, dtype=dtype)
             lengths = torch.empty(1, dtype=torch.int32)
             for window in (None, 1024):
-                decode_kernels.decode_attention_fwd(DecodeCall(q, cache, cache, lengths, window, 0.1))
+                decode_kernels.decode_attention_fwd(DecodeCall(q, cache, cache, lengths, window=window, scale=0.1))
+    assert_decodes_within_limits(launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_decode_options(arch, dtype):
+    """gpt-oss's pages and sinks with Gemma 2's softcap and a padded row: all that the kernels can do at once"""
+    with compiled_launches(arch) as launches:
+        for head_size in (64, 256):
+            q, pages = torch.empty(1, 8, 1, head_size, dtype=dtype), torch.empty(64, 2, 64, head_size, dtype=dtype)
+            row = torch.empty(1, dtype=torch.int32)
+            call = DecodeCall(q, pages, pages, row, torch.empty(1, 64, dtype=torch.int32), torch.empty(8, dtype=dtype))
+            call.key_start, call.window, call.scale, call.softcap = row, 1024, 0.1, 50.0
+            decode_kernels.decode_attention_fwd(call)
+    assert_decodes_within_limits(launches)
+
+
+def assert_decodes_within_limits(launches):
     kernels = {"decode_attention_fwd_kernel", "decode_attention_combine_kernel"}
     assert {compiled.kernel for compiled in launches} == kernels
     for compiled in launches:
         assert_within_limits(compiled)
+        assert not compiled.machine_code.spilled_bytes, f"{compiled.kernel} spills"
 
 
 def test_decode_compiles_once():
@@ -146,7 +165,7 @@ def test_decode_compiles_once():
         for batch, tokens, capacity, window in sizes:
             q, cache = torch.empty(batch, 8, tokens, 64).half(), torch.empty(batch, 2, capacity, 64).half()
             lengths = torch.empty(batch, dtype=torch.int32)
-            decode_kernels.decode_attention_fwd(DecodeCall(q, cache, cache, lengths, window, 0.1))
+            decode_kernels.decode_attention_fwd(DecodeCall(q, cache, cache, lengths, window=window, scale=0.1))
     assert len({launch.ptx for launch in launches}) == 2
     assert len(launches) > 48
 

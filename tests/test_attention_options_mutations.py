@@ -15,10 +15,6 @@ from gptkernels.ops.attention import triton_kernels
 from gptkernels.parity import ParityError
 
 FOLDER = Path(gptkernels.ops.attention.__file__).parent
-KERNELS = {
-    "triton_fwd_kernel": ("attention_fwd_kernel",),
-    "triton_bwd_kernels": ("attention_bwd_dq_kernel", "attention_bwd_dkdv_kernel"),
-}
 numbers = itertools.count()
 
 
@@ -62,20 +58,21 @@ def own_keys(where):
     assert_attention_parity(with_own_keys(where, [9, 30], [200, 5], head_size=16), "triton")
 
 
-FORWARD, BACKWARD, BLOCKS = "triton_fwd_kernel", "triton_bwd_kernels", "triton_blocks"
+KERNELS = FORWARD, QUERIES, KEYS = "triton_fwd_kernel", "triton_bwd_dq_kernel", "triton_bwd_dkdv_kernel"
+BLOCKS = "triton_blocks"
 SINK = "tl.load(sinks_ptr + h).to(tl.float32)"
 MUTATIONS = {
     "the sink is not in base 2": (FORWARD, f"{SINK} * LOG2E", SINK, sinks),
     "the sink is scaled as scores are": (FORWARD, f"{SINK} * LOG2E", f"{SINK} * scale", sinks),
     "the sink is not in the maximum": (FORWARD, "top = tl.maximum(peak, sink)", "top = peak", high_sinks),
     "queries' gradients forget the softcap": (
-        BACKWARD,
+        QUERIES,
         "dscores = weights * (dweights - delta[:, None])\n    if SOFTCAP:",
         "dscores = weights * (dweights - delta[:, None])\n    if False:",
         softcap,
     ),
     "keys' gradients forget the softcap": (
-        BACKWARD,
+        KEYS,
         "dscores = weights * (dweights - delta[None, :])\n    if SOFTCAP:",
         "dscores = weights * (dweights - delta[None, :])\n    if False:",
         softcap,
@@ -90,12 +87,12 @@ MUTATIONS = {
         own_keys,
     ),
     "keys' documents are cut like queries": (
-        BACKWARD,
+        KEYS,
         "locate(cu_seqlens_k_ptr, documents, keys, tile, BLOCK_N)",
         "locate(cu_seqlens_ptr, documents, keys, tile, BLOCK_N)",
         own_keys,
     ),
-    "lse's gradient is dropped": (BACKWARD, "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr", sinks),
+    "lse's gradient is dropped": (QUERIES, "delta -= tl.load(dlse_ptr", "delta -= 0 * tl.load(dlse_ptr", sinks),
 }
 
 
@@ -105,15 +102,15 @@ def test_planted_bugs_are_noticed(anywhere, name, tmp_path, monkeypatch):
     anywhere.require("triton")
     file, right, wrong, check = MUTATIONS[name]
     changed = mutant(tmp_path, file, right, wrong)
-    for kernels, names in KERNELS.items():
+    for kernel in KERNELS:
         if file == BLOCKS:
-            module = mutant(tmp_path, kernels, "from .triton_blocks", f"from {changed.__name__}")
-        elif file == kernels:
+            module = mutant(tmp_path, kernel, "from .triton_blocks", f"from {changed.__name__}")
+        elif file == kernel:
             module = changed
         else:
             continue
-        for kernel in names:
-            monkeypatch.setattr(triton_kernels, kernel, getattr(module, kernel))
+        name = kernel.replace("triton", "attention")
+        monkeypatch.setattr(triton_kernels, name, getattr(module, name))
     torch.manual_seed(0)
     with pytest.raises(ParityError):
         check(anywhere)

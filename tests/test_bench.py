@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -10,15 +12,15 @@ import torch.nn.functional as F
 from gptkernels import cli, dispatch
 from gptkernels.bench import measure, peers, report, run, schema, suites, truth
 from gptkernels.bench.cases import OPS, Case, parse_shape
-from gptkernels.ops.attention import attention
+from gptkernels.ops.attention import attention, decode_attention
 from gptkernels.ops.attention.visibility import visible
 from gptkernels.parity import ParityError
 
 CPU = torch.device("cpu")
 SMALL = ["--device", "cpu", "--seconds", "0.01", "--op", "attention", "--shape", "B2,H4,G2,T96,D16,W20"]
 TINY = {
-    "attention": {"B": 2, "H": 4, "G": 2, "T": 80, "D": 16, "W": 33},
-    "decode_attention": {"B": 2, "H": 4, "G": 2, "T": 48, "D": 16, "W": 20},
+    "attention": {"B": 2, "H": 4, "G": 2, "T": 80, "D": 16, "W": 33, "S": 1, "C": 5, "A": 1},
+    "decode_attention": {"B": 2, "H": 4, "G": 2, "T": 45, "D": 16, "W": 20, "S": 1, "P": 8},
     "layer_norm": {"M": 37, "N": 48},
     "add_layer_norm": {"M": 37, "N": 48},
     "rms_norm": {"M": 37, "N": 48},
@@ -71,7 +73,9 @@ def test_what_is_written(tmp_path, capsys):
 
 def test_every_op_on_the_cpu(tmp_path, monkeypatch):
     """One pass of everything that the quick suite runs, small, with a second thought for each status."""
-    monkeypatch.setattr(suites, "cpu_quick", lambda dtype: [Case.of(op, dtype, **shape) for op, shape in TINY.items()])
+    usual = ("attention", {"B": 2, "T": 80, "D": 16}), ("decode_attention", {"B": 2, "T": 48, "D": 16})
+    shapes = [*TINY.items(), *usual]
+    monkeypatch.setattr(suites, "cpu_quick", lambda dtype: [Case.of(op, dtype, **shape) for op, shape in shapes])
     path = tmp_path / "all.json"
     for dtype in ("float32", "bfloat16"):
         command = ["bench", "--device", "cpu", "--seconds", "0.01", "--dtype", dtype, "--json", str(path)]
@@ -79,7 +83,11 @@ def test_every_op_on_the_cpu(tmp_path, monkeypatch):
         document = json.loads(path.read_text())
         assert schema.problems(document) == []
         bad = [row for row in document["cases"] if row["status"] != "ok" and row["contender"] != "torch-loss"]
-        assert bad == []
+        # SDPA has no sinks: nothing but that keeps it from the two cases with them.
+        assert {(row["contender"], row["status"], row["detail"]) for row in bad} == {
+            ("sdpa-flash", "unsupported", "it has no sinks")
+        }
+        assert all("S1" in row["label"] for row in bad)
         assert {row["op"] for row in document["cases"]} == set(OPS)
 
 
@@ -239,10 +247,13 @@ def test_shapes():
     assert Case.of("attention", T=10, W=10).kwargs == {"window": None}
     assert Case.of("attention", B=2, H=4, G=2, T=64, W=8).label == "B2 H4 G2 T64 D64 W8"
     assert Case.of("mlp", N=64).shape["F"] == 256
+    case = Case.of("attention", T=64, W=8, S=1, C=50)
+    assert (case.label, case.kwargs) == ("B1 H12 T64 D64 W8 S1 C50", {"window": 8, "softcap": 50.0})
     for op, shape, message in (
         ("mlp", {"T": 3}, "means nothing to mlp"),
         ("attention", {"H": 4, "G": 3}, "divides"),
         ("layer_norm", {"M": 0}, "at least 1"),
+        ("attention", {"S": 2}, "a S of 0 or 1"),
     ):
         with pytest.raises(ValueError, match=message):
             Case.of(op, **shape)
@@ -332,6 +343,69 @@ def test_truth_catches():
     for message, call in planted.items():
         with pytest.raises(ParityError, match=message):
             truth.check(case, call, tensors, facts, ours=True)
+
+
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [
+        (lambda q, k, v, sinks: attention(q, k, v) + 0 * sinks.sum(), "output 0: error"),
+        (lambda q, k, v, sinks: attention(q, k, v, sinks=WrongGradient.apply(sinks, 0)), "gradient of sinks"),
+    ],
+    ids=["without sinks", "their gradient"],
+)
+def test_truth_catches_sinks(planted, message):
+    """Their gradients are sums over the whole batch."""
+    case = Case.of("attention", "float32", B=2, H=2, T=64, D=16, S=1)
+    tensors = case.tensors(CPU, 0)
+    with pytest.raises(ParityError, match=message):
+        truth.check(case, planted, tensors, truth.truth_of(case, tensors), ours=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"W": 33}, {"C": 5, "A": 1}, {"W": 33, "S": 1, "C": 5, "A": 1}], ids=str)
+def test_flex_computes_it(options):
+    """As it is compiled on a GPU, here step by step and, as it has no gradients on a CPU, forward"""
+    case = Case.of("attention", "float32", B=2, H=4, G=2, T=80, D=16, **options)
+    tensors = case.tensors(CPU, 0, gradients=False)
+    truth.check(case, peers.flex_call(case, CPU), tensors, truth.truth_of(case, tensors), ours=False)
+
+
+def test_what_peers_do_not_have_they_refuse():
+    refused = {
+        "S": {"sdpa-flash", "flash-attn-2", "flash-attn-4", "xformers"},
+        "C": {"sdpa-flash", "xformers"},
+        "A": {"sdpa-flash", "flash-attn-4", "xformers"},
+    }
+    for dimension, names in refused.items():
+        case = Case.of("attention", T=64, **{dimension: 1})
+        for name in names:
+            contender = next(c for c in peers.CONTENDERS if c.name == name)
+            with pytest.raises(peers.UnfitError, match=f"it has no {peers.EXTRAS[dimension]}"):
+                contender.make(case, CPU)
+    with pytest.raises(peers.UnfitError, match="multiples of 256"):
+        peers.flash_attn_decode(Case.of("decode_attention", P=64), CPU)
+
+
+def test_what_flash_attn_is_called_with(monkeypatch):
+    """By names that are flash-attn's: a softcap, slopes, and pages as (pages, page, heads, D)."""
+
+    def flash_attn_func(q, k, v, *, causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None):
+        window = None if window_size == (-1, -1) else window_size[0] + 1
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = attention(q, k, v, causal=causal, window=window, softcap=softcap or None, alibi_slopes=alibi_slopes)
+        return out.transpose(1, 2)
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, causal, block_table=None):
+        caches = (x.transpose(1, 2) for x in (k_cache, v_cache))
+        return decode_attention(q.transpose(1, 2), *caches, cache_seqlens, block_table=block_table).transpose(1, 2)
+
+    functions = {"flash_attn_func": flash_attn_func, "flash_attn_with_kvcache": flash_attn_with_kvcache}
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(**functions))
+    for make, case in (
+        (peers.flash_attn, Case.of("attention", B=2, H=4, G=2, T=80, D=16, W=33, C=5, A=1)),
+        (peers.flash_attn_decode, Case.of("decode_attention", B=2, H=4, G=2, T=300, D=16, P=256)),
+    ):
+        tensors = case.tensors(CPU, 0)
+        truth.check(case, make(case, CPU), tensors, truth.truth_of(case, tensors), ours=False)
 
 
 def test_peers_may_be_less_exact_but_not_wrong():

@@ -315,8 +315,28 @@ def test_models(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=100).save_pretrained(tmp_path)
     found = {(case.op, case.label) for case in model_cases.cases_of_hf(str(tmp_path), "bfloat16")}
-    norms, loss = ("rms_norm", "M16384 N64"), ("linear_cross_entropy", "M16384 N64 V100")
-    assert found == {("attention", "B8 H4 G2 T2048 D16"), norms, loss}
+    assert found == {
+        ("attention", "B8 H4 G2 T2048 D16"),
+        ("rope", "B8 H4 G2 T2048 D16"),
+        ("rms_norm", "M16384 N64"),
+        ("gated_mlp", "M16384 N64 F128"),
+        ("linear_cross_entropy", "M16384 N64 V100"),
+    }
+
+
+def test_a_case_has_its_calls_options():
+    """So that what is tuned belongs to the kind of calls that asked for it."""
+    options = {"S": 1, "C": 30, "A": 1}
+    shapes = {
+        "attention": ({}, {"W": 33}, *({name: size} for name, size in options.items()), options),
+        "decode_attention": ({}, {"W": 33}, {"S": 1}, {"P": 16}, {"S": 1, "P": 16, "W": 33}),
+    }
+    for op, several in shapes.items():
+        for shape in several:
+            case = Case.of(op, "bfloat16", B=2, H=4, G=2, T=64, D=16, **shape)
+            with torch.no_grad(), dispatch.recording() as calls:
+                case.spec.function(**case.tensors(torch.device("cpu"), 0), **case.kwargs)
+            assert [(found.op, found.label) for found in model_cases.distinct(calls)] == [(op, case.label)]
 
 
 def test_a_model_and_a_batch():

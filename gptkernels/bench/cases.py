@@ -59,14 +59,16 @@ OPS = {
     "attention": Op(
         attention,
         attention_reference.attention,
-        {"B": 1, "H": 12, "G": 0, "T": 2048, "D": 64, "W": 0},
-        "B batch, H heads, G key/value heads (H), T tokens, D head size, W window (none)",
+        {"B": 1, "H": 12, "G": 0, "T": 2048, "D": 64, "W": 0, "S": 0, "C": 0, "A": 0},
+        "B batch, H heads, G key/value heads (H), T tokens, D head size, W window (none), S1 sinks, C softcap (none), "
+        "A1 ALiBi",
     ),
     "decode_attention": Op(
         decode_attention,
         attention_reference.decode_attention,
-        {"B": 8, "H": 12, "G": 0, "T": 4096, "D": 64, "W": 0},
-        "B batch, H heads, G key/value heads (H), T keys in the cache, D head size, W window (none)",
+        {"B": 8, "H": 12, "G": 0, "T": 4096, "D": 64, "W": 0, "S": 0, "P": 0},
+        "B batch, H heads, G key/value heads (H), T keys in the cache, D head size, W window (none), S1 sinks, "
+        "P page size (no pages)",
         ("fwd",),
     ),
     "layer_norm": Op(layer_norm, layer_norm_reference.layer_norm, {"M": 4096, "N": 768}, "M rows, N columns"),
@@ -104,6 +106,8 @@ OPS = {
 }
 
 
+# Dimensions that may be 0, and those of them that are only there or not
+OPTIONAL, SWITCHES = "GWFCSAP", "SA"
 # Linear layers; each but the last keeps its output
 LAYERS = {"mlp": 2, "gated_mlp": 3}
 # FLOPs per element, forward and backward
@@ -127,8 +131,10 @@ class Case:
             raise UsageError(f"--shape {unknown[0]} means nothing to {op}, whose dimensions are: {spec.about}")
         full = {**spec.shape, **shape}
         for name, size in full.items():
-            if size < (0 if name in "GWFC" else 1):
+            if size < (0 if name in OPTIONAL else 1):
                 raise UsageError(f"--shape must have a {name} of at least 1, not {size}")
+            if name in SWITCHES and size > 1:
+                raise UsageError(f"--shape must have a {name} of 0 or 1, not {size}")
         if "G" in full:
             full["G"] = full["G"] or full["H"]
             if full["H"] % full["G"]:
@@ -146,9 +152,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Such as B1 H12 T2048 D64 W256: what is as it usually is stays out."""
-        usual = {"G": self.shape.get("H"), "W": 0, "C": 0, "F": 4 * self.shape.get("N", 0)}
-        return " ".join(f"{name}{size}" for name, size in self.shape.items() if usual.get(name) != size)
+        return label_of(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -156,9 +160,9 @@ class Case:
 
     @property
     def kwargs(self) -> dict:
-        if "C" in self.shape:
-            return {"softcap": float(self.shape["C"])} if self.shape["C"] else {}
-        return {"window": self.shape["W"] or None} if "W" in self.shape else {}
+        """What of the shape is an option, not a tensor"""
+        window = {"window": self.shape["W"] or None} if "W" in self.shape else {}
+        return window | ({"softcap": float(self.shape["C"])} if self.shape.get("C") else {})
 
     @property
     def has_gradients(self) -> bool:
@@ -184,15 +188,27 @@ class Case:
         s = self.shape
         if self.op == "attention":
             sizes = {"q": s["H"], "k": s["G"], "v": s["G"]}
-            return {n: random(s["B"], s["T"], h, s["D"], heads_inside=True) for n, h in sizes.items()}
+            heads = {n: random(s["B"], s["T"], h, s["D"], heads_inside=True) for n, h in sizes.items()}
+            sinks = {"sinks": random(s["H"])} if s["S"] else {}
+            # From steep to flat, as models have them
+            slopes = {"alibi_slopes": 2 ** -torch.linspace(0.5, 8, s["H"], device=device)} if s["A"] else {}
+            return heads | sinks | slopes
         if self.op == "rope":
             angles = torch.rand(s["T"], s["D"], device=device, generator=generator) * 2 * math.pi
             heads = {n: random(s["B"], s["T"], s[h], s["D"], heads_inside=True) for n, h in (("q", "H"), ("k", "G"))}
             return {**heads, "cos": angles.cos().to(self.torch_dtype), "sin": angles.sin().to(self.torch_dtype)}
         if self.op == "decode_attention":
-            caches = {name: random(s["B"], s["G"], s["T"], s["D"]) for name in ("k_cache", "v_cache")}
+            # With pages, the last one of a row may not be full.
+            pages, slots = (s["B"] * -(-s["T"] // s["P"]), s["P"]) if s["P"] else (s["B"], s["T"])
+            caches = {name: random(pages, s["G"], slots, s["D"]) for name in ("k_cache", "v_cache")}
             lengths = torch.full((s["B"],), s["T"], dtype=torch.int32, device=device)
-            return {"q": random(s["B"], s["H"], 1, s["D"]), **caches, "lengths": lengths}
+            tensors = {"q": random(s["B"], s["H"], 1, s["D"]), **caches, "lengths": lengths}
+            if s["S"]:
+                tensors["sinks"] = random(s["H"])
+            if s["P"]:
+                order = torch.randperm(pages, device=device, generator=generator)
+                tensors["block_table"] = order.to(torch.int32).view(s["B"], -1)
+            return tensors
         rows, width = s["M"], s["N"]
         if self.op in NORMS:
             inputs = ("x", "residual") if self.op.startswith("add_") else ("x",)
@@ -283,6 +299,12 @@ class Case:
             # x, out and what is kept; backward: x, dout, dx, what was kept, and the weights' gradients
             return (2 * matrix + weights if forward else 3 * matrix + 2 * weights) + kept
         return (1 if forward else 2) * (matrix + s["V"] * s["N"] * size) + 8 * s["M"]
+
+
+def label_of(shape: dict[str, int], without: tuple[str, ...] = ()) -> str:
+    """Such as B1 H12 T2048 D64 W256: what is as it usually is stays out, and so does `without`."""
+    usual = {**dict.fromkeys(OPTIONAL, 0), "G": shape.get("H"), "F": 4 * shape.get("N", 0)}
+    return " ".join(f"{name}{n}" for name, n in shape.items() if name not in without and usual.get(name) != n)
 
 
 def parse_shape(text: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..ops.attention.visibility import visible
+from ..ops.attention.visibility import positions, visible
 from .cases import NORMS, OPS, Case
 
 ATTENTION = ("attention",)
@@ -23,8 +23,19 @@ SDPA = ("attention", "decode_attention")
 GELU = "gelu_tanh"  # gk.mlp's default, which every MLP here computes
 
 
+# What a shape may ask for beyond the op itself, by dimension
+EXTRAS = {"S": "sinks", "C": "softcap", "A": "ALiBi by slopes", "P": "paged caches"}
+
+
 class UnfitError(RuntimeError):
     """This contender does not do this case; the message says why."""
+
+
+def has_only(case: Case, able: str = "") -> None:
+    """able: the dimensions of EXTRAS that this contender takes"""
+    for name, what in EXTRAS.items():
+        if case.shape.get(name) and name not in able:
+            raise UnfitError(f"it has no {what}")
 
 
 @dataclass(frozen=True)
@@ -72,15 +83,7 @@ def plain(case: Case, device: torch.device) -> Callable:
     """Each op as a line or two of PyTorch"""
 
     if case.op in ("attention", "decode_attention"):
-        hidden = ~mask_of(case, device, queries=1 if case.op == "decode_attention" else 0)
-
-        def attention(q, k, v):
-            k, v = grouped(k, case), grouped(v, case)
-            return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1) @ v
-
-        if case.op == "attention":
-            return attention
-        return lambda q, k_cache, v_cache, lengths: attention(q, k_cache, v_cache)
+        return (plain_attention if case.op == "attention" else plain_decode)(case, device)
     plain: dict[str, Callable] = {
         "layer_norm": plain_layer_norm,
         "add_layer_norm": plain_add_layer_norm,
@@ -93,6 +96,37 @@ def plain(case: Case, device: torch.device) -> Callable:
         "gated_mlp": plain_gated_mlp,
     }
     return plain[case.op]
+
+
+def plain_attention(case: Case, device: torch.device, queries: int = 0) -> Callable:
+    hidden, cap = ~mask_of(case, device, queries), case.kwargs.get("softcap")
+    distances = positions(*hidden.shape, device) - torch.arange(hidden.shape[1], device=device)
+
+    def attention(q, k, v, sinks=None, alibi_slopes=None):
+        k, v = grouped(k, case), grouped(v, case)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if cap is not None:
+            scores = cap * (scores / cap).tanh()
+        if alibi_slopes is not None:
+            scores = scores - (alibi_slopes[:, None, None] * distances).to(scores.dtype)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is None:
+            return scores.softmax(-1) @ v
+        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat((scores, column), -1).softmax(-1)[..., :-1] @ v
+
+    return attention
+
+
+def plain_decode(case: Case, device: torch.device) -> Callable:
+    attention, tokens = plain_attention(case, device, queries=1), case.shape["T"]
+
+    def decode(q, k_cache, v_cache, lengths, sinks=None, block_table=None):
+        if block_table is not None:
+            k_cache, v_cache = (x[block_table].transpose(1, 2).flatten(2, 3)[:, :, :tokens] for x in (k_cache, v_cache))
+        return attention(q, k_cache, v_cache, sinks)
+
+    return decode
 
 
 def plain_layer_norm(x, weight, bias):
@@ -161,6 +195,7 @@ def sdpa(backend: str) -> Callable:
     def make(case: Case, device: torch.device) -> Callable:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        has_only(case)
         decoding, pinned = case.op == "decode_attention", getattr(SDPBackend, backend)
         dense = case.kwargs["window"] is None
         mask = None if dense else mask_of(case, device, queries=1 if decoding else 0)
@@ -178,35 +213,56 @@ def sdpa(backend: str) -> Callable:
 
 
 def flex(case: Case, device: torch.device) -> Callable:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     torch.compiler.reset()
     keep_buffers()
-    tokens, window = case.shape["T"], case.kwargs["window"] or case.shape["T"]
+    return torch.compile(flex_call(case, device), dynamic=False)
+
+
+def flex_call(case: Case, device: torch.device) -> Callable:
+    """To be compiled"""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    tokens, window, cap = case.shape["T"], case.kwargs["window"] or case.shape["T"], case.kwargs.get("softcap")
 
     def seen(batch, head, query, key):
         return (key <= query) & (query - key < window)
 
     blocks = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
-    gqa = case.shape["G"] != case.shape["H"]
-    run = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: run(q, k, v, block_mask=blocks, enable_gqa=gqa)
+    options = {"block_mask": blocks, "enable_gqa": case.shape["G"] != case.shape["H"]}
+
+    def call(q, k, v, sinks=None, alibi_slopes=None):
+        def bent(score, batch, head, query, key):
+            score = score if cap is None else cap * torch.tanh(score / cap)
+            return score if alibi_slopes is None else score - alibi_slopes[head] * (query - key)
+
+        bend = None if cap is None and alibi_slopes is None else bent
+        if sinks is None:
+            return flex_attention(q, k, v, bend, **options)
+        out, aux = flex_attention(q, k, v, bend, **options, return_aux=AuxRequest(lse=True))
+        # The share of the weights that the sinks leave
+        return out * torch.sigmoid(aux.lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)
+
+    return call
 
 
-def flash_attn(case: Case, device: torch.device, module: str = "flash_attn") -> Callable:
+def flash_attn(case: Case, device: torch.device, module: str = "flash_attn", able: str = "CA") -> Callable:
+    has_only(case, able)
     function = importlib.import_module(module).flash_attn_func
     # Counts the keys to the left of a query's own.
-    window = {} if case.kwargs["window"] is None else {"window_size": (case.kwargs["window"] - 1, 0)}
+    options = {} if case.kwargs["window"] is None else {"window_size": (case.kwargs["window"] - 1, 0)}
+    if case.shape["C"]:
+        options["softcap"] = case.kwargs["softcap"]
 
-    def call(q, k, v):
-        out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True, **window)
+    def call(q, k, v, **slopes):
+        out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True, **options, **slopes)
         return first_of(out).transpose(1, 2)
 
     return call
 
 
 def flash_attn_cute(case: Case, device: torch.device) -> Callable:
-    return flash_attn(case, device, "flash_attn.cute")
+    # It takes sinks too, and has no gradient for them.
+    return flash_attn(case, device, "flash_attn.cute", able="C")
 
 
 def first_of(out) -> Tensor:
@@ -214,19 +270,25 @@ def first_of(out) -> Tensor:
 
 
 def flash_attn_decode(case: Case, device: torch.device) -> Callable:
+    has_only(case, "P")
+    if case.shape["P"] % 256:
+        raise UnfitError("its pages have to be multiples of 256 tokens")
     from flash_attn import flash_attn_with_kvcache
 
-    window = {} if case.kwargs["window"] is None else {"window_size": (case.kwargs["window"] - 1, 0)}
+    options = {"causal": True}
+    if case.kwargs["window"] is not None:
+        options["window_size"] = case.kwargs["window"] - 1, 0
 
-    def call(q, k_cache, v_cache, lengths):
+    def call(q, k_cache, v_cache, lengths, **pages):
         caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-        out = flash_attn_with_kvcache(q.transpose(1, 2), *caches, cache_seqlens=lengths, causal=True, **window)
+        out = flash_attn_with_kvcache(q.transpose(1, 2), *caches, cache_seqlens=lengths, **options, **pages)
         return out.transpose(1, 2)
 
     return call
 
 
 def xformers(case: Case, device: torch.device) -> Callable:
+    has_only(case)
     from xformers.ops import fmha
 
     if case.shape["G"] != case.shape["H"]:
@@ -287,7 +349,7 @@ def quack(case: Case, device: torch.device) -> Callable:
 
         return mlp
     if case.op == "linear_cross_entropy":
-        without_softcap(case)
+        has_only(case)
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         return lambda x, weight, targets: chunked_linear_cross_entropy(x, weight, targets, tuned=False)
@@ -356,13 +418,8 @@ def products_only(case: Case, device: torch.device) -> Callable:
 def torch_loss(case: Case, device: torch.device) -> Callable:
     if not hasattr(F, "linear_cross_entropy"):
         raise UnfitError("F.linear_cross_entropy came with torch 2.13")
-    without_softcap(case)
+    has_only(case)
     return lambda x, weight, targets: F.linear_cross_entropy(x, weight, targets)
-
-
-def without_softcap(case: Case) -> None:
-    if case.kwargs:
-        raise UnfitError("it has no softcap")
 
 
 def torch_rms_norm(case: Case, device: torch.device) -> Callable:

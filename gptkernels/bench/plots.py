@@ -6,6 +6,7 @@ Transparent, in colours that can be read on white and on black.
 from collections.abc import Iterable
 from pathlib import Path
 
+from .cases import label_of
 from .report import MEMORY_BOUND
 
 GREY = "#808080"
@@ -79,9 +80,7 @@ def sweeps(rows: list[dict], dimension: str) -> dict[tuple, list[dict]]:
         if not shape.get(dimension):
             continue
         free = (dimension, *SWEEPS[dimension][1])
-        usual = {"W": 0, "G": shape.get("H"), "F": 4 * shape.get("N", 0)}
-        fixed = " ".join(f"{name}{n}" for name, n in shape.items() if name not in free and usual.get(name) != n)
-        groups.setdefault((row["op"], fixed, row["dtype"]), []).append(row)
+        groups.setdefault((row["op"], label_of(shape, without=free), row["dtype"]), []).append(row)
     return {key: group for key, group in groups.items() if passes_of(group, dimension)}
 
 

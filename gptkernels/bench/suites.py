@@ -55,6 +55,12 @@ def cpu_full(dtype: str) -> Iterator[Case]:
         yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=4, T=4096, D=64, W=window)
     for tokens in (512, 2048, 4096):
         yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=4, T=tokens, D=64)
+    for option in "SCA":
+        size = 50 if option == "C" else 1
+        for window in (0, 128):
+            yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=8, G=4, T=1024, D=64, W=window, **{option: size})
+    for page in (0, 64):
+        yield Case.of("decode_attention", dtype, B=8, H=16, G=4, T=4096, D=64, S=1, P=page)
     yield Case.of("mlp", dtype, BOTH_WAYS, M=1024, N=1600)
     yield Case.of("linear_cross_entropy", dtype, ("fwd", "both"), M=1024, N=768)
 
@@ -84,6 +90,7 @@ def gpu_headline(dtype: str) -> Iterator[Case]:
     yield Case.of("linear_cross_entropy", dtype, ("both",), every_peer=True, M=16384, N=768)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=2304, V=256000, C=30)
     yield Case.of("linear_log_probs", dtype, ("both",), every_peer=True, M=8192, N=4096, V=128256)
+    yield from newer_attention(dtype)
     yield Case.of("attention", dtype, BOTH_WAYS, B=2, H=32, T=8192, D=64)
     yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=16, T=32768, D=128, W=1024)
     yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=16, T=16384, D=128)
@@ -105,6 +112,15 @@ def gpu_headline(dtype: str) -> Iterator[Case]:
         yield Case.of("attention", dtype, BOTH_WAYS, B=16384 // tokens, H=16, T=tokens, D=128)
     for window in (256, 512, 2048):
         yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=32, T=32768, D=64, W=window)
+
+
+def newer_attention(dtype: str) -> Iterator[Case]:
+    """As gpt-oss, Gemma 2 and BLOOM have it"""
+    yield Case.of("attention", dtype, BOTH_WAYS, every_peer=True, B=1, H=64, G=8, T=8192, D=64, W=128, S=1)
+    yield Case.of("attention", dtype, BOTH_WAYS, every_peer=True, B=1, H=8, G=4, T=8192, D=256, C=50)
+    yield Case.of("attention", dtype, BOTH_WAYS, every_peer=True, B=1, H=32, T=4096, D=128, A=1)
+    for page in (0, 64):
+        yield Case.of("decode_attention", dtype, every_peer=True, B=32, H=64, G=8, T=8192, D=64, S=1, P=page)
 
 
 def gpu_full(dtype: str) -> Iterator[Case]:
@@ -129,6 +145,14 @@ def gpu_full(dtype: str) -> Iterator[Case]:
     for tokens in (1024, 4096, 16384, 65536):
         yield Case.of("decode_attention", dtype, B=32, H=32, G=8, T=tokens, D=128)
         yield Case.of("decode_attention", dtype, B=32, H=32, G=8, T=tokens, D=128, W=1024)
+        for page in (16, 256):
+            yield Case.of("decode_attention", dtype, B=32, H=32, G=8, T=tokens, D=128, P=page)
+    for tokens in (2048, 8192, 32768):
+        for window in (0, 128):
+            yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=64, G=8, T=tokens, D=64, W=window, S=1)
+        for window in (0, 4096):
+            yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=8, G=4, T=tokens, D=256, W=window, C=50)
+        yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=32, T=tokens, D=128, A=1)
 
 
 def of_shape(ops: list[str], shape: dict[str, int], dtypes: tuple[str, ...], passes: tuple[str, ...]) -> list[Case]:

@@ -2,8 +2,9 @@
 reference in float64, on the device.
 
 The reference runs in chunks, so that shapes fit which have no room for all of its float64 intermediates. Attention is
-compared in the last head group of the last batch row, whole sequence and every gradient; the other ops are compared
-whole. What is not compared must at least be finite, and our own kernels write into buffers that start as NaN.
+compared in the last head group of the last batch row, whole sequence and every gradient; with sinks, whose gradients
+are sums over the batch, it is compared whole, as the other ops are. What is not compared must at least be finite, and
+our own kernels write into buffers that start as NaN.
 """
 
 from collections.abc import Callable, Iterator
@@ -61,11 +62,17 @@ class Truth:
 
 def part(case: Case, x: Tensor) -> Tensor:
     """x: an input, output or gradient of the call -> what is compared of it"""
-    if case.op != "attention":
+    if not in_part(case):
         return x
     groups = case.shape["G"]
+    if x.ndim == 1:  # (H,)
+        return x[-(x.shape[0] // groups) :]
     heads = x.shape[1] // groups
     return x[-1:, heads * (groups - 1) :]
+
+
+def in_part(case: Case) -> bool:
+    return case.op == "attention" and not case.shape["S"]
 
 
 def element_limit(device: torch.device, dtype: torch.dtype) -> int:
@@ -79,7 +86,7 @@ def chunks(case: Case, tensors: dict[str, Tensor], limit: int) -> Iterator[tuple
     """-> rows of the outputs, and the rows of each input that they are made from (absent: all)"""
     if case.op == "attention":
         tokens, window = case.shape["T"], case.shape["W"] or case.shape["T"]
-        heads = tensors["q"].shape[1]
+        heads = tensors["q"].shape[0] * tensors["q"].shape[1]
         step = tokens
         while step > 1 and heads * step * min(tokens, window + step) > limit:
             step //= 2
@@ -161,7 +168,7 @@ def truth_of(case: Case, tensors: dict[str, Tensor]) -> Truth:
     exact = reference_results(case, reference, parts, part_cotangents, torch.float64, gradients)
     plain = PLAIN.get(case.op, reference)
     ordinary = reference_results(case, plain, parts, part_cotangents, case.torch_dtype, gradients)
-    how = "last head group of the last batch row, " if case.op == "attention" else ""
+    how = "last head group of the last batch row, " if in_part(case) else ""
     return Truth(exact, ordinary, cotangents, how + ("outputs and gradients" if gradients else "outputs"))
 
 

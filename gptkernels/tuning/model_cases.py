@@ -21,10 +21,14 @@ def case_of(op: str, call: Any) -> Case:
         packed = q.ndim == 3
         batch, tokens = (1, k.shape[0]) if packed else (q.shape[0], k.shape[2])
         shape = {"B": batch, "H": q.shape[1], "G": k.shape[1], "T": tokens, "D": q.shape[-1], "W": call.window or 0}
+        # A whole softcap, which costs what any does
+        cap = 0 if call.softcap is None else max(1, round(call.softcap))
+        shape |= {"S": int(call.sinks is not None), "C": cap, "A": int(call.alibi_slopes is not None)}
     elif op == "decode_attention":
         q, cache = call.q, call.k_cache
         heads = {"H": q.shape[1], "G": cache.shape[1]}
-        shape = {"B": q.shape[0], **heads, "T": cache.shape[2], "D": q.shape[-1], "W": call.window or 0}
+        shape = {"B": q.shape[0], **heads, "T": call.capacity, "D": q.shape[-1], "W": call.window or 0}
+        shape |= {"S": int(call.sinks is not None), "P": 0 if call.block_table is None else cache.shape[2]}
     elif op == "rope":
         (batch, heads, tokens, size), kv_heads = call.q.shape, call.k.shape[1]
         shape = {"B": batch, "H": heads, "G": kv_heads, "T": tokens, "D": size}

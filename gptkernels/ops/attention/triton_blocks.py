@@ -9,6 +9,8 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.language.target_info import cuda_capability_geq
 
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 # Sizes that change from call to call: no variant of a kernel is worth compiling for one of them being 1 or 16 * n.
 UNSPECIALIZED = (
     "tiles",
@@ -195,7 +197,7 @@ def bent(
             derivative = 1.0 - tanh * tanh
         else:
             # (1 - tanh) / 2 is 1 / (1 + exp(2 x)), exact enough where tanh is near 1 and its derivative near 0.
-            rest = 1.0 / (1.0 + tl.exp2(scores * (2.0 * 1.4426950408889634 / softcap)))
+            rest = 1.0 / (1.0 + tl.exp2(scores * (2.0 * LOG2E / softcap)))
             tanh = 1.0 - 2.0 * rest
             derivative = 4.0 * rest * (1.0 - rest)
         scores = softcap * tanh

@@ -5,6 +5,8 @@ import triton.language as tl
 
 from ..triton_dropout import kept
 from .triton_blocks import (
+    LN2,
+    LOG2E,
     UNSPECIALIZED,
     add_weighted,
     bent,
@@ -19,9 +21,6 @@ from .triton_blocks import (
     tile_and_head,
     zeros_head,
 )
-
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ from ..dropout import threshold
 from .outputs import bwd_outputs, fwd_outputs
 from .record import AttentionCall, strides
 from .sinks import sinks_grad, without_pairs
-from .triton_bwd_kernels import attention_bwd_dkdv_kernel, attention_bwd_dq_kernel
+from .triton_bwd_dkdv_kernel import attention_bwd_dkdv_kernel
+from .triton_bwd_dq_kernel import attention_bwd_dq_kernel
 from .triton_fwd_kernel import attention_fwd_kernel
 from .triton_launch import head_parts, launch_row
 
