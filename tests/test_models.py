@@ -22,6 +22,7 @@ ALBERT = {
 }
 LLAMA = {"norm": "rms", "rotary": 10000.0, "kv_heads": 2, "gated": True, "activation": "silu"}
 LLAMA |= {"bias": False, "tied": False, "scale_residual_init": False}
+LLAMAS = [LLAMA, LLAMA | {"save": "input"}, LLAMA | {"save": "all"}]
 OPTIONS = {
     "gpt1": {"norm": "post", "scale_residual_init": False},
     "gpt2": {},
@@ -84,6 +85,9 @@ def test_initial_weights():
     for weight in (block.attention.qkv.weight, block.mlp.fc.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert GPT(config).embedding.position.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    gated = GPT(replace(config, gated=True)).blocks[5].mlp
+    assert gated.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert gated.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
     unscaled = GPT(replace(config, scale_residual_init=False)).blocks[5]
     assert unscaled.mlp.proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
@@ -216,7 +220,9 @@ def test_keys_seen_are_counted_right():
                 assert cost.keys_seen(config, layer, length) == pytest.approx(seen.sum().item() / length)
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, {"tied": False}], ids=["pre", "post", "untied"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "post"}, {"tied": False}, LLAMA], ids=["pre", "post", "untied", "llama"]
+)
 def test_flops_are_those_that_torch_counts(changes):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,7 +237,9 @@ def test_flops_are_those_that_torch_counts(changes):
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
-@pytest.mark.parametrize("changes", [{}, {"save": "input"}, {"save": "all"}, {"norm": "post"}, BANDED], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"save": "input"}, {"save": "all"}, {"norm": "post"}, BANDED, *LLAMAS], ids=str
+)
 def test_memory_is_what_training_keeps(changes, mixed):
     config = GPTConfig(vocabulary=512, context=256, layers=3, width=128, heads=4, **changes)
     model, tokens = GPT(config), torch.randint(512, (4, 256))
