@@ -397,6 +397,23 @@ def test_masked_models_train(tmp_path, monkeypatch):
     assert found[-10:].mean() < 4.2
 
 
+def test_llama_trains_goes_on_and_writes(tmp_path, monkeypatch, capsys):
+    from gptkernels.models import train
+
+    small = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "mlp_width": 112, "context": 32}
+    monkeypatch.setitem(train.MODELS, "tinyllama-1.1b", GPTConfig.preset("tinyllama-1.1b", **small))
+    run = ["--model", "tinyllama-1.1b", "--batch", "8", "--learning-rate", "1e-2", "--out", str(tmp_path / "llama")]
+    assert cli.main(train_arguments(tmp_path, *run, "--steps", "30")) == 0
+    assert cli.main(train_arguments(tmp_path, *run, "--steps", "60", "--resume")) == 0
+    found = log(tmp_path / "llama")[:, 0]
+    assert len(found) == 60
+    assert found[0] > 5
+    assert found[-1] < found[29] < found[0] - 1
+    capsys.readouterr()
+    assert cli.main(["generate", "--checkpoint", str(tmp_path / "llama"), "--prompt", "the", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
 def test_characters_of_several_bytes_come_whole():
     from gptkernels.models.generate import pieces
 

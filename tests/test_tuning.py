@@ -311,12 +311,19 @@ def test_models(tmp_path):
         ("linear_cross_entropy", "M16384 N768 V50257"),
         ("mlp", "M16384 N768"),
     }
+    llama = {case.op for case in model_cases.cases_of_model("tinyllama-1.1b", "bfloat16")}
+    assert llama == {"rms_norm", "add_rms_norm", "rope", "attention", "gated_mlp", "linear_cross_entropy"}
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=100).save_pretrained(tmp_path)
     found = {(case.op, case.label) for case in model_cases.cases_of_hf(str(tmp_path), "bfloat16")}
-    norms, loss = ("rms_norm", "M16384 N64"), ("linear_cross_entropy", "M16384 N64 V100")
-    assert found == {("attention", "B8 H4 G2 T2048 D16"), norms, loss}
+    assert found == {
+        ("rms_norm", "M16384 N64"),
+        ("rope", "B8 H4 G2 T2048 D16"),
+        ("attention", "B8 H4 G2 T2048 D16"),
+        ("gated_mlp", "M16384 N64 F128"),
+        ("linear_cross_entropy", "M16384 N64 V100"),
+    }
 
 
 def test_a_model_and_a_batch():
