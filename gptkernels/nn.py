@@ -13,6 +13,7 @@ from .ops.gated_mlp import gated_mlp
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.mlp import mlp
 from .ops.rms_norm import add_rms_norm, rms_norm
+from .ops.rope import rope
 
 
 class LayerNorm(nn.Module):
@@ -167,11 +168,21 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_size, bias)
         self.out = nn.Linear(width, width, bias if out_bias is None else out_bias)
 
-    def forward(self, x: Tensor, *, key_start: Tensor | None = None, cache=None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_start: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache=None,
+    ) -> Tensor:
         """x: (B, T, width), key_start: (B,) int32 first real token of each row -> (B, T, width)
 
+        rotary: cos and sin, as rotary_tables makes them, to rotate queries and keys by.
         cache: the keys and values of earlier tokens, such as gptkernels.models.generation.LayerCache; it attends."""
         q, k, v = self.project(x)
+        if rotary is not None:
+            q, k = self.rotate(q, k, *rotary)
         if cache is None:
             out = attention(
                 q,
@@ -193,6 +204,17 @@ class CausalSelfAttention(nn.Module):
         packed = self.qkv(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
         return packed.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
 
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q: (B, H, T, D), k: (B, Hkv, T, D), cos, sin: (T, D / 2) or (B, T, D / 2) -> q, k"""
+        return rope(q, k, cos, sin, rotary_dim=self.head_size, backend=self.backend)
+
     def extra_repr(self) -> str:
         groups = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
         return f"heads={self.heads}{groups}, head_size={self.head_size}, window={self.window}, causal={self.causal}"
+
+
+def rotary_tables(positions: Tensor, size: int, base: float) -> tuple[Tensor, Tensor]:
+    """positions: (T,) or (B, T) -> cos, sin: (T, size / 2) or (B, T, size / 2) float32, of heads of that size"""
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    return angles.cos(), angles.sin()

@@ -8,6 +8,7 @@ import torch
 from gptkernels.models import GPT, GPTConfig
 from gptkernels.models.generation import KVCache, Sampling, generate, stream
 
+LLAMA = {"norm": "rms", "rotary": 100.0, "heads": 4, "kv_heads": 2, "gated": True, "bias": False}
 WINDOWS = {"dense": None, "banded": 5, "alternating": 5}
 
 
@@ -30,9 +31,9 @@ def small(kind: str, **changes) -> GPT:
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_same_tokens_with_and_without_cache(kind, norm):
-    model = small(kind, norm=norm)
+@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, LLAMA], ids=["pre", "post", "llama"])
+def test_same_tokens_with_and_without_cache(kind, changes):
+    model = small(kind, **changes)
     # Shorter than the window, as long as it, and longer; what follows passes it by far.
     prompts = [torch.randint(97, (length,)) for length in (1, 5, 17, 4)]
     cached = model.generate(prompts, 30, temperature=0)
@@ -43,8 +44,9 @@ def test_same_tokens_with_and_without_cache(kind, norm):
 
 
 @pytest.mark.parametrize("kind", WINDOWS)
-def test_cached_hidden_states_are_those_of_the_whole_sequence(kind):
-    model = small(kind)
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt", "llama"])
+def test_cached_hidden_states_are_those_of_the_whole_sequence(kind, changes):
+    model = small(kind, **changes)
     tokens = torch.randint(97, (2, 40))
     whole = model.hidden(tokens)
     cache = KVCache(model, torch.tensor([20, 20]), 40)

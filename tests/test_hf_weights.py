@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from parity import check
 
-from gptkernels.models import GPT, GPTConfig
+from gptkernels.models import GPT, GPTConfig, hf_config
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
@@ -67,8 +67,28 @@ def albert():
     )
 
 
+def llama(layers=4, **kw):
+    settings = {"tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}} | kw
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=101,
+            max_position_embeddings=48,
+            hidden_size=64,
+            intermediate_size=112,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=None,
+            eos_token_id=None,
+            attn_implementation="eager",
+            **settings,
+        )
+    )
+
+
 FAMILIES = {"gpt1": gpt1, "gpt2": gpt2, "gpt2-untied": lambda: gpt2(tie_word_embeddings=False)}
-FAMILIES |= {"gpt_neo": gpt_neo, "albert": albert}
+FAMILIES |= {"gpt_neo": gpt_neo, "albert": albert, "llama": llama}
+FAMILIES["llama-tied-biased"] = lambda: llama(3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -193,7 +213,7 @@ def test_pickles_and_files_of_the_base_model(tmp_path):
 
 
 def test_generation_as_transformers():
-    for make in (gpt2, gpt_neo):
+    for make in (gpt2, gpt_neo, llama):
         torch.manual_seed(5)
         model = make().eval()
         tokens = torch.randint(101, (1, 9))
@@ -273,7 +293,7 @@ def test_wrong_files(tmp_path):
     edit_config(tmp_path, activation_function="gelu_new", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx must be False"):
         GPT.from_hf(tmp_path)
-    edit_config(tmp_path, model_type="llama")
+    edit_config(tmp_path, model_type="opt")
     with pytest.raises(ValueError, match="type must be one of"):
         GPT.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -300,6 +320,9 @@ def test_no_weights(tmp_path):
         GPT.from_hf(tmp_path / "nothing")
 
 
+LLAMA = {"norm": "rms", "gated": True, "rotary": 1e4}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -308,12 +331,55 @@ def test_no_weights(tmp_path):
         ({"share_layers": True}, "share_layers"),
         ({"norm": "post", "mlp_width": 100 * 8}, "mlp_width must be"),
         ({"objective": "masked"}, "a masked model must be ALBERT's"),
+        ({"norm": "rms"}, "gated must be True for a Llama"),
+        ({"kv_heads": 2}, "norm must be 'rms' for a Llama"),
+        (LLAMA | {"rotary": None}, "rotary must be a base for a Llama.*, not None"),
+        (LLAMA | {"attention_scale": 1.0}, r"attention_scale must be None or 0\.25 for a Llama.*, not 1\.0"),
+        (LLAMA | {"dropout": 0.1}, r"dropout must be 0\.0 for a Llama"),
+        (LLAMA | {"pattern": ("banded",), "window": 4}, r"pattern must be \('dense',\) for a Llama"),
+        (LLAMA | {"qkv_bias": False}, "qkv_bias must be True for a Llama"),
     ],
 )
 def test_models_that_transformers_lacks(changes, message):
     config = GPTConfig(vocabulary=101, context=48, layers=2, width=64, heads=4, **changes)
     with pytest.raises(ValueError, match=message):
         GPT(config).to_hf()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "mlp_bias must be True, not False"),
+        ({"mlp_bias": True}, "mlp_bias must be False, not True"),
+        ({"head_dim": 32}, "head_dim must be .*, not 32"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type must be 'default'.*not 'llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type .*not 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1.0, not 0.5"),
+        ({"hidden_act": "mish"}, "hidden_act must be one of"),
+    ],
+)
+def test_llamas_that_are_not_ours(changes, message, tmp_path):
+    llama().save_pretrained(tmp_path)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_hf(tmp_path)
+
+
+def test_llama_configs_of_older_transformers(tmp_path):
+    llama().save_pretrained(tmp_path)
+    expected = GPT.from_hf(tmp_path).config
+    assert (expected.rotary, expected.kv_heads) == (500.0, 2)
+    edit_config(tmp_path, rope_parameters=None, rope_theta=500.0, rope_scaling=None)
+    assert GPT.from_hf(tmp_path).config == expected
+
+
+def test_tinyllama_is_the_preset():
+    """Its config.json, as published"""
+    settings = {"hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632}
+    settings |= {"max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 22}
+    settings |= {"num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None}
+    settings |= {"tie_word_embeddings": False, "vocab_size": 32000}
+    assert hf_config.from_llama(settings) == GPTConfig.preset("tinyllama-1.1b")
 
 
 def test_albert_for_masked_tokens_alone():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from gptkernels.bench.memory import kept_for_backward, storage_bytes
 from gptkernels.models import GPT, PRESETS, GPTConfig, cost
-from gptkernels.models.plain import PlainLayerNorm, plain_twin
+from gptkernels.models.plain import PlainLayerNorm, PlainRMSNorm, plain_twin
 
 SMALL = GPTConfig(vocabulary=101, context=40, layers=3, width=64, heads=4)
 BANDED = {"pattern": ("dense", "banded"), "window": 5}
@@ -20,6 +20,9 @@ ALBERT = {
     "objective": "masked",
     "scale_residual_init": False,
 }
+LLAMA = {"norm": "rms", "rotary": 10000.0, "kv_heads": 2, "gated": True, "activation": "silu"}
+LLAMA |= {"bias": False, "tied": False, "scale_residual_init": False}
+LLAMAS = [LLAMA, LLAMA | {"save": "input"}, LLAMA | {"save": "all"}]
 OPTIONS = {
     "gpt1": {"norm": "post", "scale_residual_init": False},
     "gpt2": {},
@@ -29,6 +32,10 @@ OPTIONS = {
     "factorised": {"embedding_rank": 16},
     "relu2, recomputed": {"activation": "relu2", "save": "input"},
     "scaled": {"attention_scale": 1.0, "qkv_bias": False},
+    "llama": LLAMA,
+    "llama, alternating": LLAMA | BANDED | {"tied": True, "save": "input", "bias": True},
+    "llama, shared, masked": LLAMA | {"share_layers": True, "objective": "masked", "token_types": 2},
+    "rotary post-norm": {"norm": "post", "rotary": 500.0},
 }
 # Of the papers and their released weights, without ALBERT's heads for masked tokens and sentence order.
 PUBLISHED = {
@@ -41,6 +48,7 @@ PUBLISHED = {
     "albert-large": 17_683_968,
     "albert-xlarge": 58_724_864,
     "albert-xxlarge": 222_595_584,
+    "tinyllama-1.1b": 1_100_048_384,
 }
 ROUNDED = {"125m": 125e6, "350m": 350e6, "760m": 760e6, "1.3b": 1.3e9, "2.7b": 2.7e9, "6.7b": 6.7e9, "13b": 13e9}
 ROUNDED = {f"gpt3-{name}": count for name, count in ROUNDED.items()} | {"gpt3-175b": 175e9}
@@ -77,6 +85,9 @@ def test_initial_weights():
     for weight in (block.attention.qkv.weight, block.mlp.fc.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert GPT(config).embedding.position.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    gated = GPT(replace(config, gated=True)).blocks[5].mlp
+    assert gated.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert gated.up.weight.std().item() == pytest.approx(0.02, rel=0.05)
     unscaled = GPT(replace(config, scale_residual_init=False)).blocks[5]
     assert unscaled.mlp.proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
@@ -90,7 +101,9 @@ def test_equals_its_twin_in_plain_pytorch(option, padded):
     key_start = torch.tensor([0, 9], dtype=torch.int32) if padded else None
     real = torch.arange(33) >= (torch.zeros(2, 1) if key_start is None else key_start.unsqueeze(1))
     targets = tokens.roll(-1, 1).masked_fill(~real, -100)
-    extra = {"order": torch.tensor([0, 1]), "token_types": (tokens > 50).long()} if "albert" in option else {}
+    extra = (
+        {"order": torch.tensor([0, 1]), "token_types": (tokens > 50).long()} if "token_types" in OPTIONS[option] else {}
+    )
     loss, expected = (m(tokens, targets, key_start=key_start, **extra) for m in (model, twin))
     torch.testing.assert_close(loss, expected)
     loss.backward(), expected.backward()
@@ -99,19 +112,21 @@ def test_equals_its_twin_in_plain_pytorch(option, padded):
 
 
 def test_the_twin_calls_none_of_our_ops(monkeypatch):
-    twin = plain_twin(GPT(replace(SMALL, **BANDED)))
+    twins = [plain_twin(GPT(replace(SMALL, **changes))) for changes in (BANDED, LLAMA)]
 
     def called(*args, **kwargs):
         raise AssertionError("the twin called one of the ops that it is there to check")
 
-    for name in ("attention", "layer_norm", "add_layer_norm", "mlp"):
+    for name in ("attention", "layer_norm", "add_layer_norm", "mlp", "rope", "rms_norm", "add_rms_norm", "gated_mlp"):
         monkeypatch.setattr(f"gptkernels.nn.{name}", called)
     monkeypatch.setattr("gptkernels.models.gpt.linear_cross_entropy", called)
     tokens = torch.randint(101, (2, 33))
-    twin(tokens, tokens).backward()
-    assert isinstance(twin.final_norm, PlainLayerNorm)
-    with pytest.raises(AssertionError, match="the twin called"):
-        GPT(SMALL)(tokens, tokens)
+    for twin, norm in zip(twins, (PlainLayerNorm, PlainRMSNorm), strict=True):
+        twin(tokens, tokens).backward()
+        assert isinstance(twin.final_norm, norm)
+    for changes in ({}, LLAMA):
+        with pytest.raises(AssertionError, match="the twin called"):
+            GPT(replace(SMALL, **changes))(tokens, tokens)
 
 
 def test_losses_are_of_the_logits():
@@ -131,21 +146,24 @@ def test_dropout_is_for_training():
     assert torch.equal(model(tokens), model(tokens))
 
 
-def test_compiles_whole():
-    model = GPT(replace(SMALL, **BANDED))
+@pytest.mark.parametrize("changes", [BANDED, LLAMA], ids=["gpt3", "llama"])
+def test_compiles_whole(changes):
+    model = GPT(replace(SMALL, **changes))
     tokens = torch.randint(101, (2, 33))
     loss = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, tokens)
     torch.testing.assert_close(loss, model(tokens, tokens))
 
 
-def test_autocast_trains_in_bfloat16():
-    model = GPT(replace(SMALL, init_std=0.1, **BANDED))
+@pytest.mark.parametrize("changes", [BANDED, LLAMA, ALBERT], ids=["gpt3", "llama", "albert"])
+def test_autocast_trains_in_bfloat16(changes):
+    model = GPT(replace(SMALL, init_std=0.1, **changes))
     tokens = torch.randint(101, (2, 33))
+    order = torch.tensor([0, 1]) if model.masked_head else None
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(tokens, tokens)
+        loss = model(tokens, tokens, order=order)
     loss.backward()
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, model(tokens, tokens), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(loss, model(tokens, tokens, order=order), rtol=0.02, atol=0.02)
     assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in model.parameters())
 
 
@@ -157,6 +175,12 @@ def test_autocast_trains_in_bfloat16():
         ({"layers": 0}, "layers must be a positive int"),
         ({"vocabulary": 3.5}, "vocabulary must be a positive int"),
         ({"norm": "middle"}, "norm must be one of"),
+        ({"kv_heads": 3}, "kv_heads must divide the 4 heads, not 3"),
+        ({"kv_heads": 0}, "kv_heads must be a positive int"),
+        ({"rotary": 1.0}, "rotary must be None or a finite base above 1"),
+        ({"rotary": True}, "rotary must be None or a finite base above 1"),
+        ({"rotary": 1e4, "width": 68}, "rotary needs an even head size .*, not 17"),
+        ({"gated": True, "activation": "gpt_oss"}, "activation must be one of"),
         ({"pattern": ("sparse",)}, "pattern must be one of"),
         ({"pattern": ()}, "pattern must name"),
         ({"pattern": ("banded",)}, "window must be given"),
@@ -196,7 +220,9 @@ def test_keys_seen_are_counted_right():
                 assert cost.keys_seen(config, layer, length) == pytest.approx(seen.sum().item() / length)
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, {"tied": False}], ids=["pre", "post", "untied"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "post"}, {"tied": False}, LLAMA], ids=["pre", "post", "untied", "llama"]
+)
 def test_flops_are_those_that_torch_counts(changes):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -211,7 +237,9 @@ def test_flops_are_those_that_torch_counts(changes):
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
-@pytest.mark.parametrize("changes", [{}, {"save": "input"}, {"save": "all"}, {"norm": "post"}, BANDED], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"save": "input"}, {"save": "all"}, {"norm": "post"}, BANDED, *LLAMAS], ids=str
+)
 def test_memory_is_what_training_keeps(changes, mixed):
     config = GPTConfig(vocabulary=512, context=256, layers=3, width=128, heads=4, **changes)
     model, tokens = GPT(config), torch.randint(512, (4, 256))

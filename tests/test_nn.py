@@ -97,6 +97,22 @@ def test_bad_heads():
         gk.nn.CausalSelfAttention(64, 5)
 
 
+def test_rotated_attention_sees_distances_and_no_places():
+    ours, x = gk.nn.CausalSelfAttention(64, 4, kv_heads=2), torch.randn(2, 9, 64)
+    positions = torch.stack((torch.arange(9), torch.arange(9) + 100))
+    shifted = gk.nn.rotary_tables(positions, 16, 1e4)
+    y = ours(x, rotary=gk.nn.rotary_tables(torch.arange(9), 16, 1e4))
+    torch.testing.assert_close(ours(x, rotary=shifted), y, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours(x), y, atol=1e-3)
+
+
+def test_rotary_tables():
+    cos, sin = gk.nn.rotary_tables(torch.tensor([[0, 3]]), 8, 100.0)
+    angles = 3 * torch.tensor([1.0, 100**-0.25, 100**-0.5, 100**-0.75])
+    torch.testing.assert_close(cos, torch.stack((torch.ones(4), angles.cos())).unsqueeze(0))
+    torch.testing.assert_close(sin, torch.stack((torch.zeros(4), angles.sin())).unsqueeze(0))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_gated_mlp(bias):
     ours = gk.nn.GatedMLP(24, 40, bias=bias, activation="gelu_tanh")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from gptkernels.profile import shares, workload
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(vocabulary=512, context=128, layers=2, width=64, heads=2, pattern=("dense", "banded"), window=16)
+LLAMA = {"norm": "rms", "rotary": 1e4, "kv_heads": 1, "gated": True, "activation": "silu", "bias": False, "tied": False}
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +35,22 @@ def profile(tmp_path, *arguments: str) -> tuple[int, dict]:
     return status, json.loads(path.read_text()) if path.exists() else {}
 
 
-def test_training(tmp_path, capsys):
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt3", "llama"])
+def test_training(tmp_path, capsys, monkeypatch, changes):
+    model = replace(TINY, **changes)
+    monkeypatch.setitem(config.PRESETS, "tiny", model)
     trace = tmp_path / "trace.json"
     status, found = profile(tmp_path, "--trace", str(trace))
     assert status == 0
     assert "plain PyTorch" in capsys.readouterr().out
     assert found["tuned"]["classes"] == 0
     assert found["ours"]["difference"] < 1e-5
-    per_token = cost.training_flops_per_token(TINY, 64)
+    per_token = cost.training_flops_per_token(model, 64)
     for name in ("plain", "ours"):
         one = found[name]
         assert {"attention", "projections", "mlp", "norm", "embedding", "loss", "optimizer"} <= set(one["parts_us"])
         assert one["parts_us"].get("rest", 0) < 0.2 * sum(one["parts_us"].values())
-        parameters = GPT(TINY).parameter_count()
+        parameters = GPT(model).parameter_count()
         assert one["memory_bytes"]["weights"] == one["memory_bytes"]["gradients"] == 4 * parameters
         assert 8 * parameters <= one["memory_bytes"]["optimizer"] < 8 * parameters + 1000
         assert one["tokens_per_second"] == pytest.approx(128e6 / one["step_us"])
@@ -56,11 +61,14 @@ def test_training(tmp_path, capsys):
     assert any("attention" in event.get("name", "") for event in events)
 
 
-def test_activations_are_what_the_formula_says(tmp_path):
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt3", "llama"])
+def test_activations_are_what_the_formula_says(tmp_path, monkeypatch, changes):
     """Of ours; the plain model keeps more."""
+    model = replace(TINY, **changes)
+    monkeypatch.setitem(config.PRESETS, "tiny", model)
     _, found = profile(tmp_path)
     ours, plain = (found[name]["memory_bytes"]["activations"] for name in ("ours", "plain"))
-    formula = cost.training_memory(TINY, 128, mixed=False, on_cpu=True).activations
+    formula = cost.training_memory(model, 128, mixed=False, on_cpu=True).activations
     assert ours == pytest.approx(formula, rel=0.15)
     assert plain > ours
 

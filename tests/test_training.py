@@ -19,6 +19,7 @@ from gptkernels.models.plain import plain_twin
 from gptkernels.models.training import DivergedError, NoiseScale, Trainer, TrainOptions
 
 SMALL = GPTConfig(vocabulary=64, context=32, layers=2, width=64, heads=4, pattern=("dense", "banded"), window=8)
+LLAMA = {"norm": "rms", "rotary": 1e4, "kv_heads": 2, "gated": True, "activation": "silu", "bias": False, "tied": False}
 OPTIONS = TrainOptions(steps=10, batch=8, learning_rate=3e-3, warmup=5, log_every=1)
 
 
@@ -45,9 +46,9 @@ def test_it_learns():
     assert found[-1] < 0.7
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_first_steps_are_those_of_the_plain_model(norm):
-    ours = model(norm=norm)
+@pytest.mark.parametrize("changes", [{}, {"norm": "post"}, LLAMA], ids=["pre", "post", "llama"])
+def test_first_steps_are_those_of_the_plain_model(changes):
+    ours = model(**changes)
     expected = losses(Trainer(plain_twin(ours), counting_text(), OPTIONS))
     actual = losses(Trainer(ours, counting_text(), OPTIONS))
     assert len(actual) == 10
@@ -61,11 +62,13 @@ def test_micro_batches_add_up_to_the_batch():
     assert parts == pytest.approx(whole, rel=2e-5)
 
 
-def test_resumes_to_the_bit(tmp_path):
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt3", "llama"])
+def test_resumes_to_the_bit(tmp_path, changes):
+    changes = {"dropout": 0.1, "attention_dropout": 0.1} | changes
     options = replace(OPTIONS, steps=12, micro_batch=4)
-    straight = Trainer(model(dropout=0.1, attention_dropout=0.1), counting_text(), options)
+    straight = Trainer(model(**changes), counting_text(), options)
     expected = losses(straight)
-    first = Trainer(model(dropout=0.1, attention_dropout=0.1), counting_text(), replace(options, steps=5), out=tmp_path)
+    first = Trainer(model(**changes), counting_text(), replace(options, steps=5), out=tmp_path)
     # The cosine is that of the whole run.
     object.__setattr__(first.options, "steps", 12)
     found = [next(steps).loss for steps in [first.train()] for _ in range(5)]
@@ -392,6 +395,23 @@ def test_masked_models_train(tmp_path, monkeypatch):
     assert found[0] > 5.5
     # How often each letter comes, and which half, is learnt first: 3.0 + 0.7.
     assert found[-10:].mean() < 4.2
+
+
+def test_llama_trains_goes_on_and_writes(tmp_path, monkeypatch, capsys):
+    from gptkernels.models import train
+
+    small = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "mlp_width": 112, "context": 32}
+    monkeypatch.setitem(train.MODELS, "tinyllama-1.1b", GPTConfig.preset("tinyllama-1.1b", **small))
+    run = ["--model", "tinyllama-1.1b", "--batch", "8", "--learning-rate", "1e-2", "--out", str(tmp_path / "llama")]
+    assert cli.main(train_arguments(tmp_path, *run, "--steps", "30")) == 0
+    assert cli.main(train_arguments(tmp_path, *run, "--steps", "60", "--resume")) == 0
+    found = log(tmp_path / "llama")[:, 0]
+    assert len(found) == 60
+    assert found[0] > 5
+    assert found[-1] < found[29] < found[0] - 1
+    capsys.readouterr()
+    assert cli.main(["generate", "--checkpoint", str(tmp_path / "llama"), "--prompt", "the", "--tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("the")
 
 
 def test_characters_of_several_bytes_come_whole():

@@ -311,6 +311,8 @@ def test_models(tmp_path):
         ("linear_cross_entropy", "M16384 N768 V50257"),
         ("mlp", "M16384 N768"),
     }
+    llama = {case.op for case in model_cases.cases_of_model("tinyllama-1.1b", "bfloat16")}
+    assert llama == {"rms_norm", "add_rms_norm", "rope", "attention", "gated_mlp", "linear_cross_entropy"}
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=100).save_pretrained(tmp_path)

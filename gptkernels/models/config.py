@@ -13,16 +13,19 @@ class GPTConfig:
     """One field per choice. Defaults are GPT-2's."""
 
     vocabulary: int = 50257
-    context: int = 1024  # learned positions, hence the longest sequence
+    context: int = 1024  # the longest sequence: so many positions are learned, where these are not rotary
     layers: int = 12
     width: int = 768
     heads: int = 12
+    kv_heads: int | None = None  # of keys and values, each for heads / kv_heads query heads; as many by default
     mlp_width: int | None = None  # 4 * width by default
-    norm: str = "pre"  # "pre", with a norm after the last layer, or "post"
+    norm: str = "pre"  # "pre", with a norm after the last layer, "rms", which is "pre" with RMSNorm, or "post"
+    rotary: float | None = None  # the base of rotary positions, such as 10000.0; by default positions are learned
     pattern: tuple[str, ...] = ("dense",)  # of attention, repeated over the layers: "dense" or "banded"
     window: int | None = None  # keys that a query of a banded layer sees, itself included
     attention_scale: float | None = None  # 1 / sqrt(head size) by default
     activation: str = "gelu_tanh"
+    gated: bool = False  # the MLP is down(activation(gate(x)) * up(x))
     bias: bool = True
     qkv_bias: bool = True
     tied: bool = True  # the head's weight is the token embedding
@@ -42,10 +45,10 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocabulary", "context", "layers", "width", "heads"):
             check_positive(name, getattr(self, name))
-        for name in ("mlp_width", "window", "embedding_rank"):
+        for name in ("kv_heads", "mlp_width", "window", "embedding_rank"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        check_choice("norm", self.norm, ("pre", "post"))
+        check_choice("norm", self.norm, ("pre", "rms", "post"))
         check_choice("objective", self.objective, ("next_token", "masked"))
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("save", self.save, ("all", "preact", "input"))
@@ -60,6 +63,10 @@ class GPTConfig:
             raise ValueError(
                 f"heads must divide the width of {self.width} into head sizes of 16 ... 256, not {self.heads}"
             )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads must divide the {self.heads} heads, not {self.kv_heads}")
+        if self.rotary is not None:
+            check_rotary(self.rotary, self.head_size)
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
@@ -67,6 +74,10 @@ class GPTConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        return (self.kv_heads or self.heads) * self.head_size
 
     @property
     def hidden(self) -> int:
@@ -91,6 +102,13 @@ class GPTConfig:
 def check_positive(name: str, value) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive int, not {value!r}")
+
+
+def check_rotary(base, head_size: int) -> None:
+    if isinstance(base, bool) or not isinstance(base, (int, float)) or not 1 < base < float("inf"):
+        raise ValueError(f"rotary must be None or a finite base above 1, not {base!r}")
+    if head_size % 2:
+        raise ValueError(f"rotary needs an even head size (width / heads), not {head_size}")
 
 
 def check_choice(name: str, value, choices) -> None:
@@ -129,6 +147,26 @@ def albert(layers: int, width: int, heads: int) -> GPTConfig:
     )
 
 
+def llama(layers: int, width: int, heads: int, kv_heads: int, mlp_width: int) -> GPTConfig:
+    """Llama 2's kind, of which TinyLlama is a small one; drawn as transformers draws it."""
+    return GPTConfig(
+        vocabulary=32000,
+        context=2048,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_width=mlp_width,
+        norm="rms",
+        rotary=10000.0,
+        activation="silu",
+        gated=True,
+        bias=False,
+        tied=False,
+        scale_residual_init=False,
+    )
+
+
 PRESETS = {
     "gpt1": GPTConfig(
         vocabulary=40478,
@@ -156,4 +194,5 @@ PRESETS = {
     "albert-large": albert(24, 1024, 16),
     "albert-xlarge": albert(24, 2048, 16),
     "albert-xxlarge": albert(12, 4096, 64),
+    "tinyllama-1.1b": llama(22, 2048, 32, kv_heads=4, mlp_width=5632),
 }

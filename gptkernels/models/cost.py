@@ -21,7 +21,8 @@ def keys_seen(config: GPTConfig, layer: int, length: int, window_aware: bool = T
 
 def forward_flops_per_token(config: GPTConfig, length: int, window_aware: bool = True) -> float:
     """window_aware=False counts banded layers as dense ones, for comparison with reports that do."""
-    layer = 2 * config.width * (4 * config.width + 2 * config.hidden)
+    attention = 2 * config.width + 2 * config.kv_width  # queries and output, keys and values
+    layer = 2 * config.width * (attention + (3 if config.gated else 2) * config.hidden)
     scores = sum(keys_seen(config, i, length, window_aware) for i in range(config.layers))
     rank = config.embedding_rank or config.width
     outside = 2 * config.vocabulary * rank
@@ -58,14 +59,18 @@ class Memory:
 
 
 def activation_elements(config: GPTConfig, save: str) -> tuple[int, int]:
-    """save: of the MLP -> elements kept for backward per token, (of the residual stream's dtype, of the others')"""
-    width, hidden = config.width, config.hidden
-    mlp = {"all": 2 * hidden, "preact": hidden, "input": 0}[save]
+    """save: of the MLP, or "torch" where that is PyTorch's own ops -> elements kept for backward per token, (of the
+    residual stream's dtype, of the others')"""
+    width, kv_width = config.width, config.kv_width
+    first = 2 if config.gated else 1  # products of the MLP's first layer
+    mlp = {"torch": 2 * first, "all": first + 1, "preact": first, "input": 0}[save] * config.hidden
     # A norm's sum and its output (which the projection and the MLP keep as their input), q, k, v and the attended.
-    stream, layer = 2 * width, 6 * width + mlp
+    stream, layer = 2 * width, 4 * width + 2 * kv_width + mlp
+    if config.rotary is not None:
+        layer += width + kv_width  # q and k as they were, in one tensor with v
     if config.norm == "post":
         stream, layer = 0, stream + layer
-    final = width if config.norm == "pre" else 0
+    final = 0 if config.norm == "post" else width
     return config.layers * stream + final, config.layers * layer
 
 
@@ -73,8 +78,8 @@ def training_memory(config: GPTConfig, tokens: int, *, mixed: bool = True, on_cp
     """Of a step over `tokens` with AdamW: float32 weights, gradients and moments; activations in 16 bits where mixed,
     with the residual stream in float32, as autocast does. Without allocator's overhead and work buffers."""
     parameters = parameter_count(config)
-    # gk.mlp's save="preact" is "all" on a CPU, but not under autocast.
-    save = "all" if on_cpu and not mixed and config.save == "preact" else config.save
+    # The MLPs that keep their hidden layer are PyTorch's on a CPU, but not under autocast.
+    save = "torch" if on_cpu and not mixed and config.save != "input" else config.save
     stream, layer = activation_elements(config, save)
     size = 2 if mixed else 4
     # The loss keeps its gradients, of the hidden states and of the head's weight; autocast a copy of the weights.

@@ -1,4 +1,5 @@
-"""The reference GPT: GPT-1, GPT-2, GPT-3 with its dense and banded layers, and ALBERT's shared ones, in one file.
+"""The reference GPT: GPT-1, GPT-2, GPT-3 with its dense and banded layers, ALBERT's shared ones, and Llama, in one
+file.
 
 Read it from the bottom: GPT embeds tokens, runs blocks, and predicts; a Block is attention and an MLP, each with a
 norm. In a pre-norm block the addition to the residual stream waits for the next norm, which does both in one pass.
@@ -8,25 +9,33 @@ B: batch, T: tokens, C: width, E: width of the embeddings (C but for ALBERT), V:
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import MLP, CausalSelfAttention, LayerNorm
+from ..nn import MLP, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm, rotary_tables
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp.reference import ACTIVATIONS
 from . import generation, hf_weights
 from .config import GPTConfig
 
 
+def make_norm(config: GPTConfig, width: int) -> LayerNorm | RMSNorm:
+    if config.norm == "rms":
+        return RMSNorm(width, eps=config.eps, backend=config.backend)
+    return LayerNorm(width, bias=config.bias, eps=config.eps, backend=config.backend)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, window: int | None):
         super().__init__()
-        self.norm1 = LayerNorm(config.width, bias=config.bias, eps=config.eps, backend=config.backend)
+        self.norm1 = make_norm(config, config.width)
         self.attention = CausalSelfAttention(
             config.width,
             config.heads,
+            kv_heads=config.kv_heads,
             window=window,
             causal=config.causal,
             scale=config.attention_scale,
@@ -35,8 +44,8 @@ class Block(nn.Module):
             dropout=config.attention_dropout,
             backend=config.backend,
         )
-        self.norm2 = LayerNorm(config.width, bias=config.bias, eps=config.eps, backend=config.backend)
-        self.mlp = MLP(
+        self.norm2 = make_norm(config, config.width)
+        self.mlp = (GatedMLP if config.gated else MLP)(
             config.width,
             config.hidden,
             bias=config.bias,
@@ -45,6 +54,10 @@ class Block(nn.Module):
             backend=config.backend,
         )
         self.dropout = config.dropout
+
+    def projections(self) -> tuple[nn.Linear, nn.Linear]:
+        """What feeds the residual stream"""
+        return self.attention.out, self.mlp.down if isinstance(self.mlp, GatedMLP) else self.mlp.proj
 
     def forward(self, x: Tensor, residual: Tensor | None, **context) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, C), not yet added to residual: (B, T, C), which is None before the first block -> the same"""
@@ -66,24 +79,26 @@ class PostNormBlock(Block):
 
 
 class Embedding(nn.Module):
-    """Tokens, positions and token types, at the rank of the embeddings, then at the model's width."""
+    """Tokens, learned positions and token types, at the rank of the embeddings, then at the model's width."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         rank = config.embedding_rank or config.width
         self.token = nn.Embedding(config.vocabulary, rank)
-        self.position = nn.Embedding(config.context, rank)
+        self.position = nn.Embedding(config.context, rank) if config.rotary is None else None
         self.token_type = nn.Embedding(config.token_types, rank) if config.token_types else None
-        self.norm: LayerNorm | None = None
+        self.norm: LayerNorm | RMSNorm | None = None
         self.project: nn.Linear | None = None
         if config.embedding_rank:
-            self.norm = LayerNorm(rank, bias=config.bias, eps=config.eps, backend=config.backend)
+            self.norm = make_norm(config, rank)
             self.project = nn.Linear(rank, config.width, config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
         """tokens, positions, token_types: (B, T) or broadcast to it -> (B, T, C)"""
-        x = self.token(tokens) + self.position(positions)
+        x = self.token(tokens)
+        if self.position is not None:
+            x = x + self.position(positions)
         if self.token_type is not None:
             x = x + self.token_type(torch.zeros_like(tokens) if token_types is None else token_types)
         if self.project is None or self.norm is None:
@@ -112,14 +127,6 @@ class MaskedHead(nn.Module):
         """first: (B, C), the hidden state of each row's first token -> (B, 2): in order, swapped"""
         return self.order(self.pooler(first).tanh())
 
-    def folded(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (..., E), weight: (V, E) -> the same with the vocabulary's bias as another column of the weight
-
-        The loss takes no bias; eight columns more keep the rows aligned."""
-        ones = F.pad(x.new_ones(*x.shape[:-1], 1), (0, 7))
-        bias = F.pad(self.vocabulary_bias.to(weight.dtype).unsqueeze(1), (0, 7))
-        return torch.cat((x, ones), -1), torch.cat((weight, bias), -1)
-
 
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
@@ -132,9 +139,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(
             block(config, config.layer_window(layer)) for layer in range(1 if config.share_layers else config.layers)
         )
-        self.final_norm = None
-        if config.norm == "pre":
-            self.final_norm = LayerNorm(config.width, bias=config.bias, eps=config.eps, backend=config.backend)
+        self.final_norm = None if config.norm == "post" else make_norm(config, config.width)
         self.masked_head = MaskedHead(config) if config.objective == "masked" else None
         rank = config.width if config.objective == "next_token" else config.embedding_rank or config.width
         self.head = None if config.tied else nn.Linear(rank, config.vocabulary, bias=False)
@@ -152,10 +157,11 @@ class GPT(nn.Module):
                 module.weight.normal_(0.0, std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
-        self.embedding.position.weight.normal_(0.0, self.config.position_std)
+        if self.embedding.position is not None:
+            self.embedding.position.weight.normal_(0.0, self.config.position_std)
         if self.config.scale_residual_init:
             for block in dict.fromkeys(self.layers()):
-                for projection in (block.attention.out, block.mlp.proj):
+                for projection in block.projections():
                     projection.weight.normal_(0.0, std / math.sqrt(2 * self.config.layers))
 
     def layers(self) -> list[Block]:
@@ -183,11 +189,20 @@ class GPT(nn.Module):
             if key_start is not None:
                 positions = (positions - key_start.unsqueeze(1)).clamp(min=0)
         x, residual = self.embedding(tokens, positions, token_types), None
+        rotary = self.rotary_tables(positions, x.dtype)
         for number, block in enumerate(self.layers()):
-            x, residual = block(x, residual, key_start=key_start, cache=None if cache is None else cache.layers[number])
+            layer_cache = None if cache is None else cache.layers[number]
+            x, residual = block(x, residual, key_start=key_start, rotary=rotary, cache=layer_cache)
         if self.final_norm is None:
             return x
         return self.final_norm(x, residual, self.config.dropout)[0]
+
+    def rotary_tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """positions: (T,) or (B, T) -> cos, sin for all layers, None where positions are learned"""
+        if self.config.rotary is None:
+            return None
+        cos, sin = rotary_tables(positions, self.config.head_size, self.config.rotary)
+        return cos.to(dtype), sin.to(dtype)
 
     def head_weight(self) -> Tensor:
         """(V, E)"""
@@ -227,11 +242,11 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """hidden: (B, T, C), targets: (B, T)"""
+        x, bias = self.reduced(hidden), None
         if self.masked_head is not None:
-            x, weight = self.masked_head.folded(self.masked_head(hidden), self.head_weight())
-        else:
-            x, weight = self.reduced(hidden), self.head_weight()
-        return linear_cross_entropy(x, weight, targets, reduction=reduction, backend=self.config.backend)
+            x, bias = self.masked_head(hidden), self.masked_head.vocabulary_bias
+        options: dict[str, Any] = {"bias": bias, "reduction": reduction, "backend": self.config.backend}
+        return linear_cross_entropy(x, self.head_weight(), targets, **options)
 
     def order_logits(self, hidden: Tensor, key_start: Tensor | None = None) -> Tensor:
         """hidden: (B, T, C) -> (B, 2)"""

@@ -206,24 +206,103 @@ def to_albert(config: GPTConfig) -> dict:
     }
 
 
+def from_llama(settings: dict) -> GPTConfig:
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    bias = settings.get("attention_bias", False)
+    # Either all of our projections have a bias or none.
+    require(settings, mlp_bias=bias, pretraining_tp=1)
+    if settings.get("head_dim") not in (None, width // heads):
+        raise ValueError(f"config.json: head_dim must be hidden_size / num_attention_heads, not {settings['head_dim']}")
+    return GPTConfig(
+        vocabulary=settings["vocab_size"],
+        context=settings["max_position_embeddings"],
+        layers=settings["num_hidden_layers"],
+        width=width,
+        heads=heads,
+        kv_heads=settings.get("num_key_value_heads"),
+        mlp_width=settings["intermediate_size"],
+        norm="rms",
+        rotary=rotary_base(settings),
+        activation=choice(settings, "hidden_act", ACTIVATIONS),
+        gated=True,
+        bias=bias,
+        tied=settings.get("tie_word_embeddings", False),
+        attention_dropout=settings.get("attention_dropout", 0.0),
+        eps=settings.get("rms_norm_eps", 1e-6),
+        init_std=settings.get("initializer_range", 0.02),
+        scale_residual_init=False,
+    )
+
+
+def rotary_base(settings: dict) -> float:
+    """Of rope_parameters, or of rope_theta and rope_scaling as older files have them"""
+    rope = {"rope_theta": settings.get("rope_theta") or 10000.0}
+    rope |= settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"config.json: rope_type must be 'default', rotary positions without scaling, not {kind!r}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor must be 1.0, not {rope['partial_rotary_factor']}")
+    return float(rope["rope_theta"])
+
+
+def to_llama(config: GPTConfig) -> dict:
+    wanted = {"norm": "rms", "gated": True, "pattern": ("dense",), "share_layers": False, "embedding_rank": None}
+    wanted |= {"token_types": 0, "objective": "next_token", "dropout": 0.0}
+    wanted |= {"qkv_bias": True} if config.bias else {}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name} must be {value!r} for a Llama of transformers, not {getattr(config, name)!r}")
+    if config.rotary is None:
+        raise ValueError("rotary must be a base for a Llama of transformers, not None")
+    if not default_scale(config):
+        scale = config.head_size**-0.5
+        raise ValueError(
+            f"attention_scale must be None or {scale} for a Llama of transformers, not {config.attention_scale}"
+        )
+    return NO_SPECIAL | {
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context,
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads or config.heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.hidden,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary},
+        "hidden_act": BACK[config.activation],
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "tie_word_embeddings": config.tied,
+        "attention_dropout": config.attention_dropout,
+        "rms_norm_eps": config.eps,
+        "initializer_range": config.init_std,
+    }
+
+
+def default_scale(config: GPTConfig) -> bool:
+    return config.attention_scale in (None, config.head_size**-0.5)
+
+
 def family_of(config: GPTConfig) -> str:
-    """The family of transformers that has such a model; ValueError where none has."""
+    """The family of transformers that has such a model, if one has; ValueError where none has."""
+    if config.norm == "rms" or config.gated or config.rotary is not None or config.kv_width != config.width:
+        return "llama"
     if not config.bias:
         raise ValueError("bias must be True for a model of transformers: its GPTs have biases")
-    default_scale = config.attention_scale in (None, config.head_size**-0.5)
     if config.objective == "masked":
         complete = config.share_layers and config.embedding_rank and config.token_types and config.norm == "post"
-        if not (complete and config.tied and config.qkv_bias and default_scale) or config.pattern != ("dense",):
+        if not (complete and config.tied and config.qkv_bias and default_scale(config)) or config.pattern != ("dense",):
             raise ValueError("a masked model must be ALBERT's (shared dense post-norm layers) for transformers")
         return "albert"
     if config.share_layers or config.embedding_rank or config.token_types:
         raise ValueError("share_layers, embedding_rank and token_types have no causal model in transformers")
     banded = any(config.layer_window(layer) for layer in range(config.layers))
     if config.norm == "post":
-        if banded or not config.qkv_bias or not default_scale:
+        if banded or not config.qkv_bias or not default_scale(config):
             raise ValueError("a post-norm model must be GPT-1's (dense, with biases, default scale) for transformers")
         return "openai-gpt"
-    return "gpt_neo" if banded or not config.qkv_bias or not default_scale else "gpt2"
+    return "gpt_neo" if banded or not config.qkv_bias or not default_scale(config) else "gpt2"
 
 
 def shortest_period(pattern: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Weights to and from what transformers reads: GPT-1, GPT-2, GPT-Neo and ALBERT, as files or as models.
+"""Weights to and from what transformers reads: GPT-1, GPT-2, GPT-Neo, ALBERT and Llama, as files or as models.
 
 A family is a table of names and two translations of the configuration. Nothing here needs transformers, except
 to_hf's model object. Files are read as safetensors, else with torch.load(weights_only=True), which runs no code.
@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,6 +60,22 @@ ALBERT_BLOCK: Names = {
     "norm2.weight": "full_layer_layer_norm.weight",
     "norm2.bias": "full_layer_layer_norm.bias",
 }
+LLAMA_BLOCK: Names = {
+    "norm1.weight": "input_layernorm.weight",
+    "attention.qkv.weight": tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "norm2.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+LLAMA_BIASES: Names = {
+    "attention.qkv.bias": tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "attention.out.bias": "self_attn.o_proj.bias",
+    "mlp.gate.bias": "mlp.gate_proj.bias",
+    "mlp.up.bias": "mlp.up_proj.bias",
+    "mlp.down.bias": "mlp.down_proj.bias",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,7 @@ class Family:
     transposed: bool
     config_from: Callable[[dict], GPTConfig]
     config_to: Callable[[GPTConfig], dict]
+    biases: Names = field(default_factory=dict)  # of the block, where config.bias decides that they are there
 
 
 FAMILIES = {
@@ -148,6 +165,18 @@ FAMILIES = {
         hf_config.from_albert,
         hf_config.to_albert,
     ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        "model.",
+        "layers.{}.",
+        LLAMA_BLOCK,
+        {"embedding.token.weight": "embed_tokens.weight", "final_norm.weight": "norm.weight"},
+        {"head.weight": "lm_head.weight"},
+        False,
+        hf_config.from_llama,
+        hf_config.to_llama,
+        LLAMA_BIASES,
+    ),
 }
 # A model for masked tokens alone has no sentence order to predict; ours then starts as a new one.
 OPTIONAL = ("masked_head.pooler.", "masked_head.order.")
@@ -167,8 +196,9 @@ def names(family: Family, model: "GPT") -> Iterator[Name]:
     for ours, theirs in family.head.items():
         if ours in wanted:
             yield Name(ours, (theirs,), False)
+    block = family.block | (family.biases if model.config.bias else {})
     for number in range(len(model.blocks)):
-        for ours, of_block in family.block.items():
+        for ours, of_block in block.items():
             parts = (of_block,) if isinstance(of_block, str) else of_block
             full = tuple(family.prefix + family.layer.format(number) + part for part in parts)
             yield Name(
@@ -293,16 +323,20 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def export(model: "GPT") -> tuple[dict, dict[str, Tensor]]:
     """-> transformers' config.json and state dict; ValueError with the reason where no family has such a model"""
-    model_type = hf_config.family_of(model.config)
+    config = model.config
+    model_type = hf_config.family_of(config)
     family, settings = FAMILIES[model_type], hf_config.BASICS | {"model_type": model_type}
-    settings |= family.config_to(model.config) | {"architectures": [family.architecture]}
+    settings |= family.config_to(config) | {"architectures": [family.architecture]}
     parameters, weights = dict(model.named_parameters()), {}
     for name in names(family, model):
-        for part, x in zip(name.theirs, parameters[name.ours].detach().chunk(len(name.theirs)), strict=True):
+        whole = parameters[name.ours].detach()
+        # Several parts are the rows of queries, keys and values.
+        rows = [config.width, config.kv_width, config.kv_width] if len(name.theirs) > 1 else [len(whole)]
+        for part, x in zip(name.theirs, whole.split(rows), strict=True):
             weights[part] = (x.mT if name.transposed else x).contiguous()
     if model_type == "gpt_neo":
         # GPT-Neo does not scale its scores: the queries' weights do.
-        scale = model.config.head_size**-0.5 if model.config.attention_scale is None else model.config.attention_scale
+        scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
         for part in [part for part in weights if part.endswith("q_proj.weight")]:
             weights[part] = weights[part] * scale
     if model_type == "albert":

@@ -179,12 +179,15 @@ def flops_of(subject: Subject, length: int, training: bool) -> Flops:
     dense, aware = (passes * cost.forward_flops_per_token(config, length, window_aware=w) for w in (False, True))
     again = 0.0
     if training:
-        # Backward computes the scores again, and the MLP's first product where only its input was kept.
+        # Backward computes the scores again, and the MLP's first products where only their input was kept.
         again = sum(2 * config.width * cost.keys_seen(config, i, length) for i in range(config.layers))
-        again += 2 * config.width * config.hidden * config.layers * (config.save == "input")
+        first = 2 if config.gated else 1
+        again += first * 2 * config.width * config.hidden * config.layers * (config.save == "input")
+    projections = "8 C^2" if config.kv_width == config.width else "4 C^2 + 4 C K"
     return Flops(
         dense,
         aware,
         aware + again,
-        "per token and layer 8 C^2 + 4 C F + 4 C keys, once 2 C V; keys: (T + 1) / 2 dense, w - w (w - 1) / 2 T banded",
+        f"per token and layer {projections} + {6 if config.gated else 4} C F + 4 C keys, once 2 C V; "
+        "keys: (T + 1) / 2 dense, w - w (w - 1) / 2 T banded",
     )
