@@ -1,5 +1,6 @@
-"""Removes each wait, fence, barrier and arrival from the CUDA attention kernels, one at a time, and sees that the
-simulator catches it: `python tests/mutate_attention.py [attention_fwd_kernel.cuh ...]`, a quarter of an hour."""
+"""Removes each wait, fence, barrier and arrival from the CUDA attention kernels, one at a time, and plants bugs in what
+they make of attention's options, and sees that the simulator catches it:
+`python tests/mutate_attention.py [attention_fwd_kernel.cuh ...]`, twenty minutes."""
 
 import argparse
 import contextlib
@@ -25,6 +26,8 @@ FILES = (
     "attention_bwd_kernel.cuh",
     "attention_bwd_consumer.cuh",
     "attention_bwd_passes.cuh",
+    "attention_bwd_tile.cuh",
+    "attention_softmax.cuh",
     "attention_tile.cuh",
 )
 STATEMENT = re.compile(
@@ -42,6 +45,55 @@ HARMLESS = {
         "the simulator asks for no fence where results are overwritten"
     ),
 }
+# In sinks, gradients of lse, two-sided windows and keys with documents of their own: file, what stands there, instead
+PLANTED = {
+    "every second row has no sink": ("attention_fwd_consumer.cuh", "add_sink(sink, inverse[1], lse[1]);", ""),
+    "all heads have one sink": (
+        "attention_fwd_consumer.cuh",
+        "T*>(args.params.sinks)[tile.head]",
+        "T*>(args.params.sinks)[0]",
+    ),
+    "float32 sinks are read as 16 bits": ("attention_fwd_consumer.cuh", "args.params.sinks_are_float ?", "false ?"),
+    "the output has no share for the sink": ("attention_softmax.cuh", "inverse_sum *= keys / sum;", ""),
+    "lse is without the sink": ("attention_softmax.cuh", "lse = fmaf(kLn2, log2f(sum), top);", ""),
+    "the sink is not in the maximum": ("attention_softmax.cuh", "top = fmaxf(lse, sink);", "top = lse;"),
+    "neither keys nor a sink": ("attention_softmax.cuh", "if (top == -INFINITY) return;", ""),
+    "lse's gradient has the other sign": ("attention_bwd_passes.cuh", "delta -= params.dlse", "delta += params.dlse"),
+    "lse's gradient is the first head's": (
+        "attention_bwd_passes.cuh",
+        "params.dlse[first_lse + row]",
+        "params.dlse[row]",
+    ),
+    "sinks' gradients come from nowhere": ("attention_bwd_passes.cuh", "params.delta[first_lse + row] = delta;", ";"),
+    "blocks of queries on the right are left out": (
+        "attention_bwd_tile.cuh",
+        "first_key - shape.right - offset",
+        "first_key - offset",
+    ),
+    "queries see no key on their right, backward": ("attention_bwd_tile.cuh", "diagonal - shape.right", "diagonal"),
+    "queries see no key on their right": ("attention_tile.cuh", "diagonal + shape.right", "diagonal"),
+    "queries are cut like keys": (
+        "attention_tile.cuh",
+        "own_keys && order.of_keys ? shape.cu_seqlens_k",
+        "own_keys ? shape.cu_seqlens_k",
+    ),
+    "keys are cut like queries": (
+        "attention_tile.cuh",
+        "own_keys && order.of_keys ? shape.cu_seqlens_k",
+        "false ? shape.cu_seqlens_k",
+    ),
+    "keys end where queries end": ("attention_tile.cuh", "order.of_keys ? shape.k_len :", "false ? shape.k_len :"),
+    "queries' keys are their own rows": (
+        "attention_tile.cuh",
+        "own_keys && !order.of_keys ?",
+        "false ?",
+    ),
+    "keys' queries are their own rows": (
+        "attention_tile.cuh",
+        "own_keys && order.of_keys ? document_rows",
+        "false ? document_rows",
+    ),
+}
 SEEDS = range(8)
 # Of a processor for each seed, whatever else it has to do: beyond that a variant hangs; one that does not takes two.
 CPU_LIMIT_S = 20
@@ -57,6 +109,14 @@ def mutants(file: str) -> list[tuple[int, str, str | None, str]]:
         line = text.count("\n", 0, match.start()) + 1
         found.append((line, match.group(), reason, f"{text[: match.start()]};{text[match.end() :]}"))
     return found
+
+
+def planted(name: str) -> dict[str, str]:
+    """-> the file with the bug"""
+    file, right, wrong = PLANTED[name]
+    text = (cuda_build.source_directory() / "attention" / file).read_text()
+    assert text.count(right) == 1, f"{file} has changed: so must PLANTED"
+    return {file: text.replace(right, wrong)}
 
 
 def check(tensors: dict[str, torch.Tensor], deterministic: bool = False, **kwargs) -> None:
@@ -104,6 +164,29 @@ def busy_gradients(seed: int) -> None:
             check(leaves(2, 512, 64, True), deterministic=True, window=window)
 
 
+def with_sinks(tensors: dict, dtype: torch.dtype, last: float) -> dict[str, torch.Tensor]:
+    """Of four heads: among the scores, below them, far above them, and `last`"""
+    return {**tensors, "sinks": torch.tensor([2.0, -1.0, 200.0, last]).to(dtype).requires_grad_()}
+
+
+def run_options(library: Path) -> None:
+    """In several blocks of queries and of keys, some of which nobody sees"""
+    bounds = {"cu_seqlens": [0, 100, 150, 290], "cu_seqlens_k": [0, 40, 240, 400]}
+    bounds = {name: torch.tensor(values, dtype=torch.int32) for name, values in bounds.items()}
+    for seed in SEEDS[:2]:
+        limit_time()
+        torch.manual_seed(seed)
+        with using(library), simulator.use(arch=90, seed=seed):
+            dtype = (torch.bfloat16, torch.float32)[seed]
+            check(with_sinks(leaves(4, 150, 64, True), dtype, -torch.inf), return_lse=True)
+            check(leaves(2, 300, 64, True), causal=False, window=(40, 20))
+            keys = leaves(4, 400, 64, True, packed=True)
+            documents = {**keys, "q": leaves(4, 290, 64, True, packed=True)["q"], **bounds}
+            check(with_sinks(documents, dtype, 0.5), return_lse=True)
+            neither = with_sinks(documents, dtype, -torch.inf)  # the reference has NaNs where there is no key either
+            assert gk.attention(**neither, backend="cuda").isfinite().all()
+
+
 def limit_time() -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_LIMIT_S, resource.RLIM_INFINITY))
@@ -127,9 +210,9 @@ def run_cases(library: Path) -> None:
             poisoned(128, True)
 
 
-def survives(library: Path) -> bool:
-    """Whether all cases pass, in a process of their own: a hang counts as caught."""
-    command = [sys.executable, os.path.abspath(__file__), "--run", str(library)]
+def survives(library: Path, run: str = "--run") -> bool:
+    """Whether all cases pass, in a process of their own: a hang counts as caught. run: or --run-options"""
+    command = [sys.executable, os.path.abspath(__file__), run, str(library)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -137,16 +220,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", default=FILES)
     parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
+    parser.add_argument("--run-options", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         run_cases(arguments.run)
+        return 0
+    if arguments.run_options:
+        run_options(arguments.run_options)
         return 0
     files = arguments.files
     caught, harmless, missed = 0, 0, []
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         builder = Builder(Path(folder), "attention")
-        if not survives(builder.build("unchanged", {})):
+        unchanged = builder.build("unchanged", {})
+        if not (survives(unchanged) and survives(unchanged, "--run-options")):
             sys.exit("the kernels fail without any change")
+        for i, (name, (file, *_)) in enumerate(PLANTED.items()):
+            if file not in files:
+                continue
+            lives = survives(builder.build(f"planted_{i}", planted(name)), "--run-options")
+            caught += not lives
+            if lives:
+                missed.append(f"{file}: {name}")
+            print(f"{file}: {name}  {'MISSED' if lives else 'caught'}", flush=True)
         for file in files:
             for line, removed, reason, text in mutants(file):
                 lives = survives(builder.build(f"{Path(file).stem}_{line}", {file: text}))

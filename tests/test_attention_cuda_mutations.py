@@ -1,4 +1,5 @@
-"""A sample of what tests/mutate_attention.py does in full: each removal of a wait, fence or barrier must be caught."""
+"""A sample of what tests/mutate_attention.py does in full: each removal of a wait, fence or barrier must be caught, and
+each bug planted in what the kernels make of the options."""
 
 from pathlib import Path
 
@@ -21,6 +22,13 @@ REMOVALS = [
     for line, removed, harmless, text in mutate_attention.mutants(file)
     if not harmless
 ]
+# One for each option
+SAMPLE = (
+    "every second row has no sink",
+    "lse's gradient has the other sign",
+    "blocks of queries on the right are left out",
+    "queries are cut like keys",
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +41,15 @@ def test_there_is_much_to_remove():
 
 
 def test_nothing_removed(builder):
-    assert mutate_attention.survives(builder.build("unchanged", {}))
+    unchanged = builder.build("unchanged", {})
+    assert mutate_attention.survives(unchanged)
+    assert mutate_attention.survives(unchanged, "--run-options")
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_planted_bug_is_caught(builder, name):
+    library = builder.build(name.replace(" ", "_"), mutate_attention.planted(name))
+    assert not mutate_attention.survives(library, "--run-options")
 
 
 def test_a_first_tile_by_block_index_hangs(builder):

@@ -55,10 +55,10 @@ def cpu_full(dtype: str) -> Iterator[Case]:
         yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=4, T=4096, D=64, W=window)
     for tokens in (512, 2048, 4096):
         yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=4, T=tokens, D=64)
-    for option in "SCA":
-        size = 50 if option == "C" else 1
+    for sinks, cap, alibi in ((1, 0, 0), (0, 50, 0), (0, 0, 1)):
         for window in (0, 128):
-            yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=8, G=4, T=1024, D=64, W=window, **{option: size})
+            options = {"W": window, "S": sinks, "C": cap, "A": alibi}
+            yield Case.of("attention", dtype, BOTH_WAYS, False, B=1, H=8, G=4, T=1024, D=64, **options)
     for page in (0, 64):
         yield Case.of("decode_attention", dtype, B=8, H=16, G=4, T=4096, D=64, S=1, P=page)
     yield Case.of("mlp", dtype, BOTH_WAYS, M=1024, N=1600)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import parity
 from .cases import NORMS, Case
-from .peers import plain_add_layer_norm, plain_add_rms_norm, plain_layer_norm, plain_rms_norm
+from .plain import plain_add_layer_norm, plain_add_rms_norm, plain_layer_norm, plain_rms_norm
 
 # Ours may be twice as far from the truth as plain PyTorch. Others only have to compute the same thing.
 OURS_AT_MOST, PEERS_AT_MOST = 1.0, 10.0
