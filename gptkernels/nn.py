@@ -144,6 +144,7 @@ class CausalSelfAttention(nn.Module):
     """Self-attention between a packed query, key and value projection and an output projection.
 
     window: how many keys a query sees, itself included; None: all. kv_heads: fewer than heads for grouped queries.
+    qk_norm: RMSNorms, with `eps`, of each head's queries and keys before they are rotated.
     causal=False makes it the attention of an encoder."""
 
     def __init__(
@@ -155,6 +156,8 @@ class CausalSelfAttention(nn.Module):
         window: int | None = None,
         causal: bool = True,
         scale: float | None = None,
+        qk_norm: bool = False,
+        eps: float = 1e-6,
         bias: bool = True,
         out_bias: bool | None = None,
         dropout: float = 0.0,
@@ -166,6 +169,8 @@ class CausalSelfAttention(nn.Module):
         self.heads, self.kv_heads, self.head_size = heads, kv_heads or heads, width // heads
         self.window, self.causal, self.scale, self.dropout, self.backend = window, causal, scale, dropout, backend
         self.qkv = nn.Linear(width, (heads + 2 * self.kv_heads) * self.head_size, bias)
+        self.q_norm = RMSNorm(self.head_size, eps=eps, backend=backend) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=eps, backend=backend) if qk_norm else None
         self.out = nn.Linear(width, width, bias if out_bias is None else out_bias)
 
     def forward(
@@ -183,6 +188,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.project(x)
         if rotary is not None:
             q, k = self.rotate(q, k, *rotary)
+        elif self.q_norm is not None:
+            raise ValueError("rotary must be cos and sin for an attention with qk_norm, not None")
         if cache is None:
             out = attention(
                 q,
@@ -206,7 +213,10 @@ class CausalSelfAttention(nn.Module):
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q: (B, H, T, D), k: (B, Hkv, T, D), cos, sin: (T, D / 2) or (B, T, D / 2) -> q, k"""
-        return rope(q, k, cos, sin, rotary_dim=self.head_size, backend=self.backend)
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.eps}
+        return rope(q, k, cos, sin, rotary_dim=self.head_size, backend=self.backend, **norms)
 
     def extra_repr(self) -> str:
         groups = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""

@@ -8,7 +8,7 @@ import torch
 from gptkernels.models import GPT, GPTConfig
 from gptkernels.models.generation import KVCache, Sampling, generate, stream
 
-LLAMA = {"norm": "rms", "rotary": 100.0, "heads": 4, "kv_heads": 2, "gated": True, "bias": False}
+LLAMA = {"norm": "rms", "rotary": 100.0, "heads": 4, "kv_heads": 2, "gated": True, "qk_norm": True}
 WINDOWS = {"dense": None, "banded": 5, "alternating": 5}
 
 

@@ -334,6 +334,7 @@ LLAMA = {"norm": "rms", "gated": True, "rotary": 1e4}
         ({"norm": "rms"}, "gated must be True for a Llama"),
         ({"kv_heads": 2}, "norm must be 'rms' for a Llama"),
         (LLAMA | {"rotary": None}, "rotary must be a base for a Llama.*, not None"),
+        (LLAMA | {"qk_norm": True}, "qk_norm must be False for a Llama"),
         (LLAMA | {"attention_scale": 1.0}, r"attention_scale must be None or 0\.25 for a Llama.*, not 1\.0"),
         (LLAMA | {"dropout": 0.1}, r"dropout must be 0\.0 for a Llama"),
         (LLAMA | {"pattern": ("banded",), "window": 4}, r"pattern must be \('dense',\) for a Llama"),

@@ -22,7 +22,7 @@ ALBERT = {
 }
 LLAMA = {"norm": "rms", "rotary": 10000.0, "kv_heads": 2, "gated": True, "activation": "silu"}
 LLAMA |= {"bias": False, "tied": False, "scale_residual_init": False}
-LLAMAS = [LLAMA, LLAMA | {"save": "input"}, LLAMA | {"save": "all"}]
+LLAMAS = [LLAMA, LLAMA | {"qk_norm": True}, LLAMA | {"save": "input"}, LLAMA | {"save": "all"}]
 OPTIONS = {
     "gpt1": {"norm": "post", "scale_residual_init": False},
     "gpt2": {},
@@ -35,7 +35,9 @@ OPTIONS = {
     "llama": LLAMA,
     "llama, alternating": LLAMA | BANDED | {"tied": True, "save": "input", "bias": True},
     "llama, shared, masked": LLAMA | {"share_layers": True, "objective": "masked", "token_types": 2},
-    "rotary post-norm": {"norm": "post", "rotary": 500.0},
+    "llama, factorised": LLAMA | {"tied": True, "embedding_rank": 16},
+    "qwen3": LLAMA | {"qk_norm": True},
+    "albert, rotary, gated": ALBERT | {"rotary": 500.0, "qk_norm": True, "kv_heads": 1, "gated": True},
 }
 # Of the papers and their released weights, without ALBERT's heads for masked tokens and sentence order.
 PUBLISHED = {
@@ -112,7 +114,7 @@ def test_equals_its_twin_in_plain_pytorch(option, padded):
 
 
 def test_the_twin_calls_none_of_our_ops(monkeypatch):
-    twins = [plain_twin(GPT(replace(SMALL, **changes))) for changes in (BANDED, LLAMA)]
+    twins = [plain_twin(GPT(replace(SMALL, **changes))) for changes in (BANDED, LLAMA | {"qk_norm": True})]
 
     def called(*args, **kwargs):
         raise AssertionError("the twin called one of the ops that it is there to check")
@@ -180,6 +182,7 @@ def test_autocast_trains_in_bfloat16(changes):
         ({"rotary": 1.0}, "rotary must be None or a finite base above 1"),
         ({"rotary": True}, "rotary must be None or a finite base above 1"),
         ({"rotary": 1e4, "width": 68}, "rotary needs an even head size .*, not 17"),
+        ({"qk_norm": True}, "qk_norm needs rotary positions"),
         ({"gated": True, "activation": "gpt_oss"}, "activation must be one of"),
         ({"pattern": ("sparse",)}, "pattern must be one of"),
         ({"pattern": ()}, "pattern must name"),

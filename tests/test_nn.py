@@ -106,6 +106,18 @@ def test_rotated_attention_sees_distances_and_no_places():
     assert not torch.allclose(ours(x), y, atol=1e-3)
 
 
+def test_norms_of_queries_and_keys():
+    ours, x = gk.nn.CausalSelfAttention(64, 4, kv_heads=2, qk_norm=True, eps=1e-3, bias=False), torch.randn(2, 9, 64)
+    tables = gk.nn.rotary_tables(torch.arange(9), 16, 1e4)
+    expected = ours(x, rotary=tables)
+    with torch.no_grad():
+        ours.qkv.weight[:96] *= 1000  # of queries and keys
+        ours.q_norm.eps = ours.k_norm.eps = 1e3
+    torch.testing.assert_close(ours(x, rotary=tables), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="rotary must be cos and sin"):
+        ours(x)
+
+
 def test_rotary_tables():
     cos, sin = gk.nn.rotary_tables(torch.tensor([[0, 3]]), 8, 100.0)
     angles = 3 * torch.tensor([1.0, 100**-0.25, 100**-0.5, 100**-0.75])

@@ -21,6 +21,7 @@ class GPTConfig:
     mlp_width: int | None = None  # 4 * width by default
     norm: str = "pre"  # "pre", with a norm after the last layer, "rms", which is "pre" with RMSNorm, or "post"
     rotary: float | None = None  # the base of rotary positions, such as 10000.0; by default positions are learned
+    qk_norm: bool = False  # RMSNorms of each head's queries and keys, in the pass that rotates them
     pattern: tuple[str, ...] = ("dense",)  # of attention, repeated over the layers: "dense" or "banded"
     window: int | None = None  # keys that a query of a banded layer sees, itself included
     attention_scale: float | None = None  # 1 / sqrt(head size) by default
@@ -65,6 +66,8 @@ class GPTConfig:
             )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads must divide the {self.heads} heads, not {self.kv_heads}")
+        if self.qk_norm and self.rotary is None:
+            raise ValueError("qk_norm needs rotary positions: rotary must be their base, not None")
         if self.rotary is not None:
             check_rotary(self.rotary, self.head_size)
         for name in ("dropout", "attention_dropout"):

@@ -39,6 +39,8 @@ class Block(nn.Module):
             window=window,
             causal=config.causal,
             scale=config.attention_scale,
+            qk_norm=config.qk_norm,
+            eps=config.eps,
             bias=config.bias and config.qkv_bias,
             out_bias=config.bias,
             dropout=config.attention_dropout,

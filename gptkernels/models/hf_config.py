@@ -248,7 +248,7 @@ def rotary_base(settings: dict) -> float:
 
 def to_llama(config: GPTConfig) -> dict:
     wanted = {"norm": "rms", "gated": True, "pattern": ("dense",), "share_layers": False, "embedding_rank": None}
-    wanted |= {"token_types": 0, "objective": "next_token", "dropout": 0.0}
+    wanted |= {"token_types": 0, "objective": "next_token", "dropout": 0.0, "qk_norm": False}
     wanted |= {"qkv_bias": True} if config.bias else {}
     for name, value in wanted.items():
         if getattr(config, name) != value:

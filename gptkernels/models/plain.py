@@ -69,6 +69,8 @@ class PlainAttention(CausalSelfAttention):
             first, second = x.chunk(2, -1)
             return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotated(q), rotated(k)
 
     def mask(self, x: Tensor, key_start: Tensor | None) -> Tensor | None:
