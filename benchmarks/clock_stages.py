@@ -22,6 +22,7 @@ from gptkernels.ops.gated_mlp.record import GatedMlpCall  # noqa: E402
 from gptkernels.ops.layer_norm import cuda_kernels as layer_norm_kernels  # noqa: E402
 from gptkernels.ops.layer_norm.record import LayerNormCall  # noqa: E402
 from gptkernels.ops.linear_cross_entropy import cuda_kernels as loss_kernels  # noqa: E402
+from gptkernels.ops.linear_cross_entropy.chunks import Chunk, Options  # noqa: E402
 from gptkernels.ops.mlp import cuda_kernels as mlp_kernels  # noqa: E402
 from gptkernels.ops.rms_norm import cuda_kernels as rms_norm_kernels  # noqa: E402
 from gptkernels.ops.rms_norm.record import RMSNormCall  # noqa: E402
@@ -190,8 +191,9 @@ def norm(op: str, rows: int, columns: int, backward: bool = False) -> list[tiles
 @functools.cache
 def loss_launch(rows: int, vocabulary: int) -> timing.Recorded:
     logits, targets = torch.randn(rows, vocabulary, dtype=BF16), torch.zeros(rows, dtype=torch.int64)
-    losses, lse, scale = torch.empty(rows), torch.empty(rows), torch.ones(())
-    return launches_of(lambda: loss_kernels.chunk_loss(logits, targets, losses, lse, scale, -100, True))[0]
+    chunk = Chunk(logits, targets, torch.empty(rows), torch.empty(rows), torch.ones(()))
+    options = Options(-100, True, None, None, None, 0.0, 0.0, 1.0)
+    return launches_of(lambda: loss_kernels.chunk_loss(chunk, options))[0]
 
 
 def cross_entropy(rows: int, vocabulary: int) -> list[tiles.Stage]:

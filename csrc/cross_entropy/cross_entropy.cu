@@ -104,7 +104,7 @@ GK_DEVICE void for_each_vectors(const T* row, int columns, Work work) {
     }
 }
 
-template <typename T, bool kAligned, bool kPlain>
+template <typename T, bool kPlain, bool kAligned>
 __global__ void __launch_bounds__(kCrossEntropyThreads, kCrossEntropyCtas)
     cross_entropy_kernel(const CrossEntropyParams p) {
     constexpr int kWarps = kCrossEntropyThreads / 32;
@@ -177,9 +177,9 @@ __global__ void __launch_bounds__(kCrossEntropyThreads, kCrossEntropyCtas)
 template <typename T, bool kPlain>
 void launch_cross_entropy(const CrossEntropyParams& p, const LaunchShape& shape) {
     if (rows_aligned(p.logits, p.stride, sizeof(T)))
-        launch<cross_entropy_kernel<T, true, kPlain>>("cross_entropy_kernel", shape, p);
+        launch<cross_entropy_kernel<T, kPlain, true>>("cross_entropy_kernel", shape, p);
     else
-        launch<cross_entropy_kernel<T, false, kPlain>>("cross_entropy_kernel", shape, p);
+        launch<cross_entropy_kernel<T, kPlain, false>>("cross_entropy_kernel", shape, p);
 }
 
 void cross_entropy(const CrossEntropyParams& p, cudaStream_t stream) {
