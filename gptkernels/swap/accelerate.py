@@ -37,7 +37,7 @@ def accelerate(
     loss: bool = True,
     backend: str = "auto",
 ) -> Report:
-    """Runs the model's attention, norms, MLPs and loss on our kernels, in place.
+    """Runs the model's attention, rotary positions, norms, MLPs and loss on our kernels, in place.
 
     Parameters, buffers, names, hooks and wrappers stay the same objects: only classes of modules change, and for
     transformers the model's configuration (a copy of it) names the attention. The report says what became what, what
