@@ -1,5 +1,7 @@
 """Decoding against the reference and against attention over the whole sequence."""
 
+from unittest import mock
+
 import pytest
 import torch
 from parity import assert_parity
@@ -207,3 +209,24 @@ def test_nothing_to_decode(anywhere, backend):
     assert bool((decode_attention(**tensors, lengths=lengths_of(anywhere, 0, 0), backend=backend) == 0).all())
     tensors = make(anywhere, 0, 2, 1, 1, 9)
     assert decode_attention(**tensors, lengths=lengths_of(anywhere), backend=backend).shape == (0, 2, 1, 64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_narrow_window_on_both_sides(anywhere, backend):
+    anywhere.require(backend)
+    tensors = make(anywhere, 2, 2, 1, 8, 90, dtype=torch.bfloat16)
+    tensors["lengths"] = lengths_of(anywhere, 41, 90)
+    kwargs = {"window": 3, "causal": False}
+    assert_parity(
+        lambda **a: decode_attention(**a, backend=backend), reference.decode_attention, tensors, kwargs=kwargs
+    )
+
+
+def test_unchecked_pages_and_lengths_reach_nothing_outside(anywhere):
+    """Where nobody looks at their values, as on a GPU; the simulator would report it."""
+    anywhere.require("triton")
+    cut = paged(anywhere, make(anywhere, 2, 4, 2, 1, 64), 8)
+    cut["block_table"][0, 2], cut["block_table"][1, 1] = -5, 10**6
+    with mock.patch("gptkernels.ops.attention.decode.op.check_values"):
+        for window in (None, 30):
+            decode_attention(**cut, lengths=lengths_of(anywhere, 40, 10**6), window=window, backend="triton")
