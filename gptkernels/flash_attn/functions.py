@@ -31,10 +31,10 @@ def flash_attn_func(
     heads = [heads_first(name, x, 4) for name, x in (("q", q), ("k", k), ("v", v))]
     if not return_attn_probs:
         return attention(*heads, **options).transpose(1, 2)
-    before = random_state(q.device)
+    before = random_state(q.device) if dropout_p else None
     out, lse = attention(*heads, **options, return_lse=True)
     weights = None
-    if dropout_p > 0:
+    if before is not None:
         eye = torch.eye(k.shape[1], device=k.device).expand(*heads[1].shape[:2], -1, -1)
         weights = signed_weights(heads[0], heads[1], eye, options, seed_after(before, q.device))
         weights = over_later_blocks(weights, lse, q.shape[-1])
@@ -103,12 +103,12 @@ def flash_attn_varlen_func(
     if block_table is not None:
         k, v = (documents_of_pages(name, x, cu_seqlens_k, block_table) for name, x in (("k", k), ("v", v)))
     options |= {"cu_seqlens": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    before = random_state(q.device)
+    before = random_state(q.device) if return_attn_probs and dropout_p else None
     found = attention(q, k, v, **options, return_lse=return_attn_probs)
     if not return_attn_probs:
         return found
     weights = None
-    if dropout_p > 0:
+    if before is not None:
         lengths = cu_seqlens_k.diff()
         place = torch.arange(k.shape[0], device=k.device) - cu_seqlens_k[:-1].repeat_interleave(lengths)
         eye = torch.nn.functional.one_hot(place, max_seqlen_k).float().unsqueeze(1).expand(-1, k.shape[1], -1)

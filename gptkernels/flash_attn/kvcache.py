@@ -72,8 +72,8 @@ def flash_attn_with_kvcache(
                 follow = causal or options["window"] is not None
                 tables = rotary_cos, rotary_sin, lengths, rotary_interleaved
                 q_heads, k_new = rotated(q_heads, *tables, follow), rotated(k_new, *tables, True)
-            append(k_cache, k_new.transpose(1, 2), pages, lengths)
-            append(v_cache, v, pages, lengths)
+            places = places_of_new(k.shape[1], pages, lengths, k_cache.shape[1])
+            k_cache[places], v_cache[places] = k_new.transpose(1, 2).to(k_cache.dtype), v.to(v_cache.dtype)
             lengths = lengths + k.shape[1]
         window = options["window"]
         one_sided = window is None or tokens == 1 or causal
@@ -137,11 +137,10 @@ def check_room(lengths: Tensor, new: int, pages: Tensor, cache: Tensor) -> None:
         )
 
 
-def append(cache: Tensor, new: Tensor, pages: Tensor, lengths: Tensor) -> None:
-    """cache: (pages, page, Hkv, D), new: (B, T, Hkv, D), pages: (B, P), lengths: (B,): in place"""
-    position = lengths.long().unsqueeze(1) + torch.arange(new.shape[1], device=new.device)
-    page = pages.long().gather(1, position // cache.shape[1])
-    cache[page, position % cache.shape[1]] = new.to(cache.dtype)
+def places_of_new(count: int, pages: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """pages: (B, P) of `size` tokens, lengths: (B,) -> the page and the slot in it of the next tokens: (B, count)"""
+    position = lengths.long().unsqueeze(1) + torch.arange(count, device=lengths.device)
+    return pages.long().gather(1, position // size), position % size
 
 
 def ends_of_rows(k: Tensor, v: Tensor, pages: Tensor, lengths: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:

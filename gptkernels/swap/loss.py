@@ -89,8 +89,7 @@ def is_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return bool((found - expected).abs().max() <= TOLERANCE.get(dtype, 1e-4) * expected.abs().max())
 
 
-# What models do to their head's outputs: whose attribute it is, and its value where it does nothing -> what it is to
-# the loss.
+# What models do to their head's outputs: whose attribute says it, and its value where nothing is done.
 SOFTCAP, DIVISOR, FACTOR = ("config", "final_logit_softcapping"), ("config", "logits_scaling"), ("model", "logit_scale")
 NEUTRAL = {SOFTCAP: None, DIVISOR: 1.0, FACTOR: 1.0}
 
@@ -98,24 +97,24 @@ NEUTRAL = {SOFTCAP: None, DIVISOR: 1.0, FACTOR: 1.0}
 @contextmanager
 def plain_logits(model: Foreign) -> Iterator[dict[str, Any]]:
     """Inside, the model's logits are its head's outputs. -> what they were more, as the loss takes it"""
-    changed: list[tuple[Any, str, Any]] = []
+    changed: list[tuple[Any, str, Any, float | None]] = []
     options: dict[str, Any] = {}
     for (whose, name), neutral in NEUTRAL.items():
         owner = model.config if whose == "config" else model
         value: Any = getattr(owner, name, neutral)
         if value == neutral or isinstance(value, Tensor):
             continue
-        changed.append((owner, name, value))
+        changed.append((owner, name, value, neutral))
         if (whose, name) == SOFTCAP:
             options["softcap"] = value
         else:
             options["temperature"] = value if (whose, name) == DIVISOR else 1 / value
     try:
-        for owner, name, _ in changed:
-            setattr(owner, name, NEUTRAL["config" if owner is model.config else "model", name])
+        for owner, name, _, neutral in changed:
+            setattr(owner, name, neutral)
         yield options
     finally:
-        for owner, name, value in changed:
+        for owner, name, value, _ in changed:
             setattr(owner, name, value)
 
 
