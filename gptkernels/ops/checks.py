@@ -50,6 +50,18 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, not {value}")
 
 
+def check_positive(name: str, number) -> None:
+    """None, or positive and finite"""
+    if number is not None:
+        check_number(name, number, above=0, below=math.inf)
+
+
+def check_flags(**flags) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, not {flag!r}")
+
+
 def check_bounds(cu_seqlens: Tensor, tokens: int, name: str = "cu_seqlens", of: str = "q") -> list[int]:
     """The bounds of packed documents, read from the device."""
     bounds = cu_seqlens.tolist()

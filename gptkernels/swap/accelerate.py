@@ -8,6 +8,7 @@ from torch import nn
 from ..dispatch import BACKENDS, explain
 from ..ops.attention import attention as attention_op
 from ..ops.attention.op import check_window
+from ..ops.checks import check_flags
 from ..ops.gated_mlp import gated_mlp as gated_mlp_op
 from ..ops.layer_norm import layer_norm
 from ..ops.linear_cross_entropy import linear_cross_entropy
@@ -93,9 +94,7 @@ def listed(left: list[Left]) -> str:
 def check_arguments(model, window, layers, attention, norm, mlp, loss, backend) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    for name, value in (("attention", attention), ("norm", norm), ("mlp", mlp), ("loss", loss)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, not {value!r}")
+    check_flags(attention=attention, norm=norm, mlp=mlp, loss=loss)
     check_window(window)
     if window is not None and not attention:
         raise ValueError("window must be None with attention=False, which leaves all attention as it is")

@@ -74,7 +74,7 @@ def attention(
 
     def check():
         check_heads(q, k, v, packed=cu_seqlens is not None, own_keys=cu_seqlens_k is not None)
-        check_flags(causal=causal, return_lse=return_lse, deterministic=deterministic)
+        checks.check_flags(causal=causal, return_lse=return_lse, deterministic=deterministic)
         check_options(causal, window, scale, dropout, softcap)
         check_lengths(q, key_start, cu_seqlens, cu_seqlens_k)
         check_columns(q, sinks, alibi_slopes, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
@@ -164,18 +164,11 @@ def check_heads(
     checks.check_shape(names[1], v, k.shape, f"{names[0]}'s shape")
 
 
-def check_flags(**flags) -> None:
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, not {flag!r}")
-
-
 def check_options(causal, window, scale, dropout, softcap) -> None:
     check_sides(causal, window)
-    check_scale(scale)
+    checks.check_positive("scale", scale)
     checks.check_number("dropout", dropout, at_least=0, below=1)
-    if softcap is not None:
-        checks.check_number("softcap", softcap, above=0, below=float("inf"))
+    checks.check_positive("softcap", softcap)
 
 
 def check_sides(causal: bool, window) -> None:
@@ -197,11 +190,6 @@ def check_window(window, other: str = "") -> None:
         raise TypeError(f"window must be None or an int, the number of keys seen{other}, not {window!r}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (a query sees itself), not {window}; None sees all keys")
-
-
-def check_scale(scale) -> None:
-    if scale is not None:
-        checks.check_number("scale", scale, above=0, below=float("inf"))
 
 
 def check_lengths(q: Tensor, key_start, cu_seqlens, cu_seqlens_k) -> None:

@@ -63,11 +63,9 @@ def linear_cross_entropy(
         check_ignore_index(ignore_index)
         checks.check_number("label_smoothing", label_smoothing, at_least=0, at_most=1)
         checks.check_number("z_loss", z_loss, at_least=0, below=float("inf"))
-        if softcap is not None:
-            checks.check_number("softcap", softcap, above=0, below=float("inf"))
+        checks.check_positive("softcap", softcap)
         checks.check_number("temperature", temperature, above=0, below=float("inf"))
-        if not isinstance(return_z_loss, bool):
-            raise TypeError(f"return_z_loss must be True or False, not {return_z_loss!r}")
+        checks.check_flags(return_z_loss=return_z_loss)
 
     def record():
         weights = None if class_weight is None else class_weight.detach().float().contiguous()

@@ -47,8 +47,7 @@ def rope(
     def check():
         check_heads(q, k)
         check_tables(q, cos, sin, rotary_dim)
-        if not isinstance(interleaved, bool):
-            raise TypeError(f"interleaved must be True or False, not {interleaved!r}")
+        checks.check_flags(interleaved=interleaved)
         check_norms(q, q_norm, k_norm, eps, offset, cast)
 
     def record():

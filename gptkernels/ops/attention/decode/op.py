@@ -6,7 +6,7 @@ from torch import Tensor
 from ....dispatch import Call, op
 from ... import checks
 from ...autocast import autocast
-from ..op import check_columns, check_heads, check_scale, check_window, padded_heads
+from ..op import check_columns, check_heads, check_window, padded_heads
 from ..record import DecodeCall
 from . import eager, triton_kernels
 from .eager import check_values
@@ -54,15 +54,13 @@ def decode_attention(
     def check():
         check_heads(q, k_cache, v_cache, packed=False, names=("k_cache", "v_cache"), own_keys=block_table is not None)
         check_window(window)
-        check_scale(scale)
+        checks.check_positive("scale", scale)
         check_cache(q, k_cache, lengths, window, block_table)
         check_columns(q, sinks, None, q.shape[0])
-        if softcap is not None:
-            checks.check_number("softcap", softcap, above=0, below=float("inf"))
+        checks.check_positive("softcap", softcap)
         if key_start is not None:
             check_of_rows("key_start", key_start, q)
-        if not isinstance(causal, bool):
-            raise TypeError(f"causal must be True or False, not {causal!r}")
+        checks.check_flags(causal=causal)
 
     def record():
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, sinks)):
