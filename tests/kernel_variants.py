@@ -31,6 +31,7 @@ ENTRY_POINTS = {
         + BY_SIZE
         + """
 void attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
     with_size(p.shape.head_dim, [&](auto size) { attention_fwd_launch<__nv_bfloat16, size.value>(p, stream); });
 }
 """,
@@ -40,6 +41,7 @@ void attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
         + BY_SIZE
         + """
 void attention_bwd(const AttentionBwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
     with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value>(p, stream); });
 }
 int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
@@ -56,10 +58,14 @@ int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count)
 #include "mlp/mlp_kernel.cuh"
 using T = __nv_bfloat16;
 void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
     if (p.activation == Activation::kNone) return mlp_fwd_launch<T, Activation::kNone>(p, stream);
     mlp_fwd_launch<T, Activation::kGeluTanh>(p, stream);
 }
-void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { mlp_bwd_launch<T, Activation::kGeluTanh>(p, stream); }
+void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
+    mlp_bwd_launch<T, Activation::kGeluTanh>(p, stream);
+}
 """
     },
     # gpt-oss's, which does all that the others do
@@ -67,11 +73,16 @@ void mlp_bwd(const MlpBwdParams& p, cudaStream_t stream) { mlp_bwd_launch<T, Act
         "fwd_bwd": """
 #include "mlp/mlp_kernel.cuh"
 using T = __nv_bfloat16;
-void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) { mlp_fwd_launch<T, Activation::kNone>(p, stream); }
+void mlp_fwd(const MlpFwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
+    mlp_fwd_launch<T, Activation::kNone>(p, stream);
+}
 void gated_mlp_fwd(const GatedMlpFwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
     gated_mlp_fwd_launch<T, Activation::kGptOss>(p, stream);
 }
 void gated_mlp_bwd(const GatedMlpBwdParams& p, cudaStream_t stream) {
+    BEFORE_EACH_LAUNCH
     gated_mlp_bwd_launch<T, Activation::kGptOss>(p, stream);
 }
 """
@@ -100,8 +111,11 @@ def placeholders(op: str) -> str:
 
 
 class Builder:
-    def __init__(self, folder: Path, op: str):
+    """before_each_launch: a statement of the host; flags: of every file with kernels"""
+
+    def __init__(self, folder: Path, op: str, before_each_launch: str = "", flags: tuple[str, ...] = ()):
         self.folder, self.op, self.nvcc = folder, op, cuda_build.find_nvcc()
+        self.flags = (*flags, f"-DBEFORE_EACH_LAUNCH={before_each_launch}")
         self.compiled: dict[tuple, str] = {}
         csrc = cuda_build.source_directory()
         shutil.copytree(csrc, folder / "csrc", dirs_exist_ok=True)
@@ -145,7 +159,7 @@ class Builder:
         if key not in self.compiled:
             source = self.folder / f"{name}_{part}.cu"
             source.write_text(ENTRY_POINTS[self.op][part])
-            self.compiled[key] = self.compile(source, "-gencode", "arch=compute_90a,code=compute_90a")
+            self.compiled[key] = self.compile(source, *self.flags, "-gencode", "arch=compute_90a,code=compute_90a")
         return self.compiled[key]
 
 

@@ -1,22 +1,19 @@
 """Removes each wait, fence, barrier and arrival from the CUDA attention kernels, one at a time, and plants bugs in what
 they make of attention's options, and sees that the simulator catches it:
-`python tests/mutate_attention.py [attention_fwd_kernel.cuh ...]`, twenty minutes."""
+`python tests/mutate_attention.py [attention_fwd_kernel.cuh ...]`, ten minutes."""
 
 import argparse
-import contextlib
-import os
 import re
-import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from kernel_variants import Builder, using
+from kernel_variants import using
+from planted import Place, Planted, limit_time, removals, report, serve
 
 import gptkernels as gk
-from gptkernels import cuda_build, simulator
+from gptkernels import simulator
 from gptkernels.ops.attention import reference
 from gptkernels.parity import assert_parity
 
@@ -45,78 +42,63 @@ HARMLESS = {
         "the simulator asks for no fence where results are overwritten"
     ),
 }
-# In sinks, gradients of lse, two-sided windows and keys with documents of their own: file, what stands there, instead
+# In sinks, gradients of lse, two-sided windows and keys with documents of their own
 PLANTED = {
-    "every second row has no sink": ("attention_fwd_consumer.cuh", "add_sink(sink, inverse[1], lse[1]);", ""),
-    "all heads have one sink": (
+    "every second row has no sink": Place("attention_fwd_consumer.cuh", "add_sink(sink, inverse[1], lse[1]);"),
+    "all heads have one sink": Place(
         "attention_fwd_consumer.cuh",
-        "T*>(args.params.sinks)[tile.head]",
-        "T*>(args.params.sinks)[0]",
+        "float(static_cast<const T*>(args.params.sinks)[tile.head])",
+        "float(static_cast<const T*>(args.params.sinks)[0])",
     ),
-    "float32 sinks are read as 16 bits": ("attention_fwd_consumer.cuh", "args.params.sinks_are_float ?", "false ?"),
-    "the output has no share for the sink": ("attention_softmax.cuh", "inverse_sum *= keys / sum;", ""),
-    "lse is without the sink": ("attention_softmax.cuh", "lse = fmaf(kLn2, log2f(sum), top);", ""),
-    "the sink is not in the maximum": ("attention_softmax.cuh", "top = fmaxf(lse, sink);", "top = lse;"),
-    "neither keys nor a sink": ("attention_softmax.cuh", "if (top == -INFINITY) return;", ""),
-    "lse's gradient has the other sign": ("attention_bwd_passes.cuh", "delta -= params.dlse", "delta += params.dlse"),
-    "lse's gradient is the first head's": (
-        "attention_bwd_passes.cuh",
-        "params.dlse[first_lse + row]",
-        "params.dlse[row]",
+    "float32 sinks are read as 16 bits": Place("attention_fwd_consumer.cuh", "args.params.sinks_are_float", "false"),
+    "the output has no share for the sink": Place("attention_softmax.cuh", "inverse_sum *= keys / sum;"),
+    "lse is without the sink": Place("attention_softmax.cuh", "lse = fmaf(kLn2, log2f(sum), top);"),
+    "the sink is not in the maximum": Place("attention_softmax.cuh", "fmaxf(lse, sink)", "lse"),
+    "neither keys nor a sink": Place("attention_softmax.cuh", "if (top == -INFINITY) return;"),
+    "lse's gradient has the other sign": Place(
+        "attention_bwd_passes.cuh", "delta -= params.dlse[first_lse + row];", "delta += params.dlse[first_lse + row];"
     ),
-    "sinks' gradients come from nowhere": ("attention_bwd_passes.cuh", "params.delta[first_lse + row] = delta;", ";"),
-    "blocks of queries on the right are left out": (
-        "attention_bwd_tile.cuh",
-        "first_key - shape.right - offset",
-        "first_key - offset",
+    "lse's gradient is the first head's": Place(
+        "attention_bwd_passes.cuh", "delta -= params.dlse[first_lse + row];", "delta -= params.dlse[row];"
     ),
-    "queries see no key on their right, backward": ("attention_bwd_tile.cuh", "diagonal - shape.right", "diagonal"),
-    "queries see no key on their right": ("attention_tile.cuh", "diagonal + shape.right", "diagonal"),
-    "queries are cut like keys": (
+    "sinks' gradients come from nowhere": Place("attention_bwd_passes.cuh", "params.delta[first_lse + row] = delta;"),
+    "blocks of queries on the right are left out": Place(
+        "attention_bwd_tile.cuh", "first_key - shape.right - offset", "first_key - offset"
+    ),
+    "queries see no key on their right, backward": Place(
+        "attention_bwd_tile.cuh", "diagonal - shape.right", "diagonal"
+    ),
+    "queries see no key on their right": Place("attention_tile.cuh", "diagonal + shape.right", "diagonal"),
+    "queries are cut like keys": Place(
         "attention_tile.cuh",
-        "own_keys && order.of_keys ? shape.cu_seqlens_k",
-        "own_keys ? shape.cu_seqlens_k",
+        "own_keys && order.of_keys ? shape.cu_seqlens_k : shape.cu_seqlens",
+        "own_keys ? shape.cu_seqlens_k : shape.cu_seqlens",
     ),
-    "keys are cut like queries": (
-        "attention_tile.cuh",
-        "own_keys && order.of_keys ? shape.cu_seqlens_k",
-        "false ? shape.cu_seqlens_k",
+    "keys are cut like queries": Place(
+        "attention_tile.cuh", "own_keys && order.of_keys ? shape.cu_seqlens_k : shape.cu_seqlens", "shape.cu_seqlens"
     ),
-    "keys end where queries end": ("attention_tile.cuh", "order.of_keys ? shape.k_len :", "false ? shape.k_len :"),
-    "queries' keys are their own rows": (
-        "attention_tile.cuh",
-        "own_keys && !order.of_keys ?",
-        "false ?",
+    "keys end where queries end": Place(
+        "attention_tile.cuh", "order.of_keys ? shape.k_len : shape.q_len", "shape.q_len"
     ),
-    "keys' queries are their own rows": (
+    "queries' keys are their own rows": Place(
         "attention_tile.cuh",
-        "own_keys && order.of_keys ? document_rows",
-        "false ? document_rows",
+        "own_keys && !order.of_keys ? document_rows(shape.cu_seqlens_k, document, shape.k_len) : rows",
+        "rows",
+    ),
+    "keys' queries are their own rows": Place(
+        "attention_tile.cuh",
+        "own_keys && order.of_keys ? document_rows(shape.cu_seqlens, document, shape.q_len) : rows",
+        "rows",
     ),
 }
+# On a busy GPU those that it waits for may not have started.
+TILES_BY_BLOCK_INDEX = (
+    Place("attention_bwd_kernel.cuh", "args.params.dq_in_order ? take_tile() : blockIdx.x", "blockIdx.x"),
+    Place("attention_bwd_passes.cuh", "params.dq_in_order ? 0 : ctas", "ctas"),
+)
 SEEDS = range(8)
 # Of a processor for each seed, whatever else it has to do: beyond that a variant hangs; one that does not takes two.
 CPU_LIMIT_S = 20
-
-
-def mutants(file: str) -> list[tuple[int, str, str | None, str]]:
-    """-> line number, what was removed, why that may be harmless, the file's text without it"""
-    text = (cuda_build.source_directory() / "attention" / file).read_text()
-    found = []
-    for match in STATEMENT.finditer(text):
-        rest = " ".join(text[match.start() :][:200].split())
-        reason = next((why for start, why in HARMLESS.items() if rest.startswith(start)), None)
-        line = text.count("\n", 0, match.start()) + 1
-        found.append((line, match.group(), reason, f"{text[: match.start()]};{text[match.end() :]}"))
-    return found
-
-
-def planted(name: str) -> dict[str, str]:
-    """-> the file with the bug"""
-    file, right, wrong = PLANTED[name]
-    text = (cuda_build.source_directory() / "attention" / file).read_text()
-    assert text.count(right) == 1, f"{file} has changed: so must PLANTED"
-    return {file: text.replace(right, wrong)}
 
 
 def check(tensors: dict[str, torch.Tensor], deterministic: bool = False, **kwargs) -> None:
@@ -174,7 +156,7 @@ def run_options(library: Path) -> None:
     bounds = {"cu_seqlens": [0, 100, 150, 290], "cu_seqlens_k": [0, 40, 240, 400]}
     bounds = {name: torch.tensor(values, dtype=torch.int32) for name, values in bounds.items()}
     for seed in SEEDS[:2]:
-        limit_time()
+        limit_time(CPU_LIMIT_S)
         torch.manual_seed(seed)
         with using(library), simulator.use(arch=90, seed=seed):
             dtype = (torch.bfloat16, torch.float32)[seed]
@@ -187,16 +169,11 @@ def run_options(library: Path) -> None:
             assert gk.attention(**neither, backend="cuda").isfinite().all()
 
 
-def limit_time() -> None:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_LIMIT_S, resource.RLIM_INFINITY))
-
-
 def run_cases(library: Path) -> None:
     """Enough tiles for each CTA to take several, and enough blocks in each to go round its rings."""
     expected = None
     for seed in SEEDS:
-        limit_time()
+        limit_time(CPU_LIMIT_S)
         torch.manual_seed(seed)
         with using(library), simulator.use(arch=90, seed=seed):
             check(leaves(4, 420, 64, True))
@@ -210,49 +187,21 @@ def run_cases(library: Path) -> None:
             poisoned(128, True)
 
 
-def survives(library: Path, run: str = "--run") -> bool:
-    """Whether all cases pass, in a process of their own: a hang counts as caught. run: or --run-options"""
-    command = [sys.executable, os.path.abspath(__file__), run, str(library)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", default=FILES)
-    parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
-    parser.add_argument("--run-options", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run:
-        run_cases(arguments.run)
+    if arguments.serve:
+        serve(arguments.serve, {"cases": run_cases, "options": run_options})
         return 0
-    if arguments.run_options:
-        run_options(arguments.run_options)
-        return 0
-    files = arguments.files
-    caught, harmless, missed = 0, 0, []
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        builder = Builder(Path(folder), "attention")
-        unchanged = builder.build("unchanged", {})
-        if not (survives(unchanged) and survives(unchanged, "--run-options")):
-            sys.exit("the kernels fail without any change")
-        for i, (name, (file, *_)) in enumerate(PLANTED.items()):
-            if file not in files:
-                continue
-            lives = survives(builder.build(f"planted_{i}", planted(name)), "--run-options")
-            caught += not lives
-            if lives:
-                missed.append(f"{file}: {name}")
-            print(f"{file}: {name}  {'MISSED' if lives else 'caught'}", flush=True)
-        for file in files:
-            for line, removed, reason, text in mutants(file):
-                lives = survives(builder.build(f"{Path(file).stem}_{line}", {file: text}))
-                caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
-                if lives and not reason:
-                    missed.append(f"{file}:{line}: {removed}")
-                verdict = "caught" if not lives else f"harmless: {reason}" if reason else "MISSED"
-                print(f"{file}:{line}: {' '.join(removed.split())}  {verdict}", flush=True)
-    print(f"{caught} caught, {harmless} harmless, {len(missed)} missed", *missed, sep="\n")
-    return bool(missed)
+    places, harmless = removals("attention", arguments.files, STATEMENT, HARMLESS)
+    planted = {name: place for name, place in PLANTED.items() if place.file in arguments.files}
+    bugs = {name: (place,) for name, place in {**planted, **places}.items()}
+    bugs["tiles by block index"] = TILES_BY_BLOCK_INDEX
+    trials = {name: "options" if name in planted else "cases" for name in bugs}
+    with tempfile.TemporaryDirectory() as folder, Planted(Path(folder), "attention", __file__, bugs) as library:
+        return report([library], trials, harmless)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,26 @@
 catches it: `python tests/mutate_mlp.py`, a few minutes."""
 
 import argparse
-import contextlib
-import os
 import re
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
-from kernel_variants import Builder, source
-from mlp_build import works
+import pytest
+import torch
+from kernel_variants import using
+from planted import Place, Planted, limit_time, removals, report, serve
+from test_gated_mlp import across_the_limits, assert_gated_parity
+from test_gated_mlp import make as make_gated
+from test_mlp import make
 
-OPS = ("mlp", "gated_mlp")
+import gptkernels as gk
+from gptkernels import cuda_build, simulator
+from gptkernels.ops.mlp import reference
+from gptkernels.parity import assert_parity
+
 FILES = ("mlp_kernel.cuh", "mlp_epilogue.cuh")
 STATEMENT = re.compile(
     r"(?<!auto )\b(mbarrier_wait|mbarrier_arrive_expect|mbarrier_arrive_remote|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
@@ -27,53 +35,63 @@ HARMLESS = {
     "__syncwarp();": ONE_BY_ONE,
     "named_barrier_sync(kGroup + group, kWarpgroup); } };": "the group multiplies together before it writes sums again",
 }
-TIMEOUT_S = 120
+# Of a processor for each seed: beyond that a variant hangs; one that does not takes one.
+CPU_LIMIT_S = 20
+CPU = SimpleNamespace(device=torch.device("cpu"))
 
 
-def mutants() -> list[tuple[str, int, str, str | None, str]]:
-    """-> file, line number, what was removed, why that may be harmless, the file's text without it"""
-    found = []
-    for file in FILES:
-        text = source("mlp", file)
-        for match in STATEMENT.finditer(text):
-            rest = " ".join(text[match.start() :][:200].split())
-            reason = next((why for start, why in HARMLESS.items() if rest.startswith(start)), None)
-            line = text.count("\n", 0, match.start()) + 1
-            found.append((file, line, match.group(), reason, f"{text[: match.start()]};{text[match.end() :]}"))
-    return found
+def run_mlp(library: Path) -> None:
+    # Some of what is missing shows under one seed in three.
+    for seed in range(16):
+        limit_time(CPU_LIMIT_S)
+        torch.manual_seed(seed)
+        with using(library), simulator.use(arch=90, seed=seed):
+            for save, residual in (("preact", True), ("all", False)):
+                assert_parity(
+                    gk.mlp,
+                    reference.mlp,
+                    make(CPU, 290, 400, 520, torch.bfloat16, residual=residual),
+                    kwargs={"backend": "cuda", "save": save},
+                    reference_kwargs={},
+                )
 
 
-def survives(library: Path, op: str) -> bool:
-    """Whether its kernels pass, in a process of their own: a hang counts as caught."""
-    command = [sys.executable, os.path.abspath(__file__), "--run", str(library), "--op", op]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=TIMEOUT_S).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+def run_gated_mlp(library: Path) -> None:
+    """gpt-oss's, which does all that the others do"""
+    for seed in range(4):
+        limit_time(CPU_LIMIT_S)
+        torch.manual_seed(seed)
+        tensors = across_the_limits(make_gated(CPU, 290, 136, 264, torch.bfloat16, residual=True))
+        with using(library), simulator.use(arch=90, seed=seed):
+            for save in ("preact", "all"):
+                assert_gated_parity(tensors, "cuda", "gpt_oss", save)
+
+
+RUNS = {"mlp": run_mlp, "gated_mlp": run_gated_mlp}
+
+
+def assert_caught(folder: Path, op: str, bugs: dict[str, Place]) -> None:
+    """Each of these bugs, where the kernels pass without any"""
+    if simulator.cuda_unavailable() or not cuda_build.find_nvcc():
+        pytest.skip(simulator.cuda_unavailable() or "nvcc was not found")
+    with Planted(folder, op, __file__, {name: (place,) for name, place in bugs.items()}) as planted:
+        assert planted.survives(None, "cases")
+        assert [name for name in bugs if planted.survives(name, "cases")] == []
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
-    parser.add_argument("--op", choices=OPS, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run:
-        return 0 if works(arguments.run, arguments.op) else 1
-    caught, harmless, missed = 0, 0, []
-    with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
-        builders = {op: Builder(Path(name) / op, op) for op in OPS}
-        if not all(survives(builder.build("unchanged", {}), op) for op, builder in builders.items()):
-            sys.exit("the kernels fail without any change")
-        for file, line, removed, reason, text in mutants():
-            edits = {file: text}
-            lives = all(survives(builder.build(f"line_{line}", edits), op) for op, builder in builders.items())
-            caught, harmless = caught + (not lives), harmless + (lives and reason is not None)
-            if lives and not reason:
-                missed.append(f"{file}:{line}: {removed}")
-            verdict = "caught" if not lives else f"harmless: {reason}" if reason else "MISSED"
-            print(f"{file}:{line}: {' '.join(removed.split())}  {verdict}", flush=True)
-    print(f"{caught} caught, {harmless} harmless, {len(missed)} missed", *missed, sep="\n")
-    return bool(missed)
+    if arguments.serve:
+        serve(arguments.serve, {"cases": RUNS[arguments.serve.stem]})
+        return 0
+    places, harmless = removals("mlp", FILES, STATEMENT, HARMLESS)
+    bugs = {name: (place,) for name, place in places.items()}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        libraries = [stack.enter_context(Planted(folder / op, op, __file__, bugs)) for op in RUNS]
+        return report(libraries, dict.fromkeys(places, "cases"), harmless)
 
 
 if __name__ == "__main__":
