@@ -19,6 +19,9 @@ class ModelFamily:
     generates: bool = True
     caches: bool = True
     pads: bool = True
+    # The argument that the first tokens are, or the picture or sound
+    takes: str = "input_ids"
+    encodes_first: bool = False  # and has another argument, decoder_input_ids
     # What accelerate() has to call in each forward pass; a part that is not here has to be left with a reason.
     calls: dict[str, int] = None
 
@@ -55,10 +58,27 @@ BERT = {
 }
 
 
+SEQ2SEQ = {
+    **{"d_model": WIDTH, "dropout": 0.0, "decoder_start_token_id": 1},
+    **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 96))},
+    **{f"{side}_attention_heads": HEADS for side in ("encoder", "decoder")},
+}
+T5 = {"d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": HEADS, "dropout_rate": 0.0}
+PICTURES = {"image_size": 16, "patch_size": 4}
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 96}
+    config = CLIPVisionConfig(**sizes, **PICTURES, projection_dim=VOCABULARY, attn_implementation="eager")
+    return CLIPVisionModelWithProjection(config)
+
+
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(**BERT, image_size=16, patch_size=4, num_labels=VOCABULARY, attn_implementation="eager")
+    config = ViTConfig(**BERT, **PICTURES, num_labels=VOCABULARY, attn_implementation="eager")
     return ViTForImageClassification(config)
 
 
@@ -238,18 +258,87 @@ FAMILIES = [
         generates=False,
         calls=calls(norms=2 * LAYERS + 2),
     ),
-    ModelFamily("ViT", vit, causal=False, generates=False, pads=False, calls=calls(norms=2 * LAYERS + 1)),
-    ModelFamily("nanoGPT", NanoGPT, generates=False, pads=False, calls=PRE_NORM),
-    ModelFamily("TransformerEncoder", Encoder, causal=False, generates=False, calls=calls(norms=2 * LAYERS)),
+    ModelFamily(
+        "DistilBERT",
+        transformers_model(
+            *("DistilBertForMaskedLM", "DistilBertConfig"),
+            **{"dim": WIDTH, "hidden_dim": 96, "n_layers": LAYERS, "n_heads": HEADS},
+            **{"dropout": 0.0, "attention_dropout": 0.0},
+        ),
+        causal=False,
+        generates=False,
+        calls=calls(norms=2 * LAYERS + 2),
+    ),
+    ModelFamily(
+        "ViT", vit, causal=False, generates=False, pads=False, takes="pixel_values", calls=calls(norms=2 * LAYERS + 1)
+    ),
+    ModelFamily(
+        "CLIP",
+        clip,
+        causal=False,
+        generates=False,
+        pads=False,
+        takes="pixel_values",
+        calls=calls(norms=2 * LAYERS + 2, gated=None),
+    ),
+    ModelFamily(
+        "BART",
+        transformers_model("BartForConditionalGeneration", "BartConfig", **SEQ2SEQ),
+        encodes_first=True,
+        calls=calls(6, norms=2 * 2 + 3 * 2 + 2, gated=None),
+    ),
+    ModelFamily(
+        "Whisper",
+        transformers_model(
+            *("WhisperForConditionalGeneration", "WhisperConfig"),
+            **SEQ2SEQ,
+            **{"max_source_positions": 16, "max_target_positions": 128, "num_mel_bins": 16},
+        ),
+        pads=False,
+        takes="input_features",
+        encodes_first=True,
+        calls=calls(6, norms=2 * 2 + 3 * 2 + 2, gated=None),
+    ),
+    ModelFamily(
+        "T5",
+        transformers_model("T5ForConditionalGeneration", "T5Config", **T5, decoder_start_token_id=1),
+        encodes_first=True,
+        calls={**calls(0, rms_norms=2 * 2 + 3 * 2 + 2), "mlp": 4},
+    ),
+    ModelFamily(
+        "BLOOM",
+        transformers_model(
+            *("BloomForCausalLM", "BloomConfig"),
+            **{"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS},
+        ),
+        calls={**calls(0, norms=2 * LAYERS + 2), "mlp": LAYERS},
+    ),
+    ModelFamily(
+        "MPT",
+        transformers_model("MptForCausalLM", "MptConfig", d_model=WIDTH, n_layers=LAYERS, n_heads=HEADS),
+        calls={**calls(0, norms=2 * LAYERS + 1), "mlp": LAYERS},
+    ),
+    ModelFamily(
+        "Falcon",
+        transformers_model(
+            *("FalconForCausalLM", "FalconConfig"),
+            **{"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS},
+        ),
+        calls=calls(0, norms=LAYERS + 1, rope=LAYERS),
+    ),
+    ModelFamily("nanoGPT", NanoGPT, generates=False, pads=False, takes="tokens", calls=PRE_NORM),
+    ModelFamily(
+        "TransformerEncoder", Encoder, causal=False, generates=False, takes="tokens", calls=calls(norms=2 * LAYERS)
+    ),
 ]
 
 
 def inputs(family: ModelFamily, rows: int = 2, tokens: int = TOKENS) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    if family.name == "ViT":
-        return {"pixel_values": torch.randn((rows, 3, 16, 16), generator=generator)}
-    name = "tokens" if family.name in ("nanoGPT", "TransformerEncoder") else "input_ids"
-    return {name: torch.randint(1, VOCABULARY, (rows, tokens), generator=generator)}
+    shape = {"pixel_values": (rows, 3, 16, 16), "input_features": (rows, 16, 32)}.get(family.takes)
+    words = torch.randint(1, VOCABULARY, (rows, tokens), generator=generator)
+    first = words if shape is None else torch.randn(shape, generator=generator)
+    return {family.takes: first, **({"decoder_input_ids": words} if family.encodes_first else {})}
 
 
 def made(family: ModelFamily) -> nn.Module:
@@ -267,4 +356,4 @@ def made(family: ModelFamily) -> nn.Module:
 
 def logits_of(model: nn.Module, **arguments) -> Tensor:
     out = model(**arguments)
-    return out if isinstance(out, Tensor) else out.logits
+    return out if isinstance(out, Tensor) else out.image_embeds if hasattr(out, "image_embeds") else out.logits

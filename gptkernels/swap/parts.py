@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "GELUTanh": "gelu_tanh",
     "PytorchGELUTanh": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
+    "BloomGelu": "gelu_tanh",
     "NewGELU": "gelu_tanh",
     "GELUActivation": "gelu",
     "ReLU": "relu",
@@ -68,14 +69,16 @@ def layer_norm_forward(module: Foreign, x: Tensor) -> Tensor:
     return layer_norm(x, module.weight, module.bias, eps=module.eps, backend=settings_of(module).backend)
 
 
-def run_mlp(module: nn.Module, x: Tensor, fc: Foreign, activation, proj: Foreign) -> Tensor | None:
+def run_mlp(
+    module: nn.Module, x: Tensor, fc: Foreign, activation, proj: Foreign, residual: Tensor | None = None
+) -> Tensor | None:
     """None where the layers have become something that has to be called."""
     if not (is_plain(fc) and is_plain(proj)):
         return None
     name = activation_of(activation)
     assert name is not None, "mlp_reason looks at this before anything is replaced"
     weights = weight_of(fc), fc.bias, weight_of(proj), proj.bias
-    return mlp(x, *weights, activation=name, backend=settings_of(module).backend)
+    return mlp(x, *weights, activation=name, residual=residual, backend=settings_of(module).backend)
 
 
 def mlp_forward(fc: str, activation: str, proj: str, dropout: str | None = None) -> Callable:

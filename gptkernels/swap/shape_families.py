@@ -192,8 +192,8 @@ def looks_like_mlp(fc: str, activation: str, proj: str, dropout: str, of_transfo
             return False
         if first is None or second is None or not (is_linear(first) and is_linear(second)):
             return False
-        if children and of_transformers:  # a whole layer
-            return False
+        if children and of_transformers:
+            return "it is computed in the forward of a whole layer, between other steps"
         if children or not isinstance(last, nn.Dropout | None):
             return f"it also has {', '.join(children) or 'a dropout of its own kind'}"
         return mlp_reason(first, between, second) or True

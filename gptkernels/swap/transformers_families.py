@@ -19,6 +19,7 @@ MLPS = {
     "GPT-Neo MLP": ("gpt_neo.modeling_gpt_neo.GPTNeoMLP", "c_fc", "act", "c_proj", "dropout"),
     "GPT-J MLP": ("gptj.modeling_gptj.GPTJMLP", "fc_in", "act", "fc_out", "dropout"),
     "GPT-NeoX MLP": ("gpt_neox.modeling_gpt_neox.GPTNeoXMLP", "dense_h_to_4h", "act", "dense_4h_to_h", None),
+    "Falcon MLP": ("falcon.modeling_falcon.FalconMLP", "dense_h_to_4h", "act", "dense_4h_to_h", None),
     "ViT MLP": ("vit.modeling_vit.ViTMLP", "fc1", "activation_fn", "fc2", None),
 }
 
@@ -116,6 +117,33 @@ def bert_chunk(module, attention_output: Tensor) -> Tensor:
     return after.LayerNorm(after.dropout(out) + attention_output)
 
 
+def distilbert_chunk(module, input: Tensor) -> Tensor:
+    out = run_mlp(module, input, module.lin1, module.activation, module.lin2)
+    return original(module, "ff_chunk")(input) if out is None else module.dropout(out)
+
+
+def t5_mlp(module, hidden_states: Tensor) -> Tensor:
+    """With a dropout before the second layer"""
+    out = None
+    if not (module.training and module.dropout.p > 0) and module.wo.weight.dtype == module.wi.weight.dtype:
+        out = run_mlp(module, hidden_states, module.wi, module.act, module.wo)
+    return original(module, "forward")(hidden_states) if out is None else out
+
+
+def with_residual(fc: str, activation: str, proj: str):
+    """The forward of a module residual + dropout(proj(activation(fc(x)))), as BLOOM and MPT have it."""
+
+    def forward(module, hidden_states: Tensor, residual: Tensor) -> Tensor:
+        layers = (getattr(module, name) for name in (fc, activation, proj))
+        dropped = module.training and module.hidden_dropout > 0
+        out = run_mlp(module, hidden_states, *layers, residual=None if dropped else residual)
+        if out is None:
+            return original(module, "forward")(hidden_states, residual)
+        return residual + F.dropout(out, module.hidden_dropout) if dropped else out
+
+    return forward
+
+
 def albert_chunk(module, attention_output: Tensor) -> Tensor:
     out = run_mlp(module, attention_output, module.ffn, module.activation, module.ffn_output)
     return original(module, "ff_chunk")(attention_output) if out is None else out
@@ -151,6 +179,16 @@ def add_all() -> None:
     for name, cls in (("BERT", "bert.modeling_bert.BertLayer"), ("RoBERTa", "roberta.modeling_roberta.RobertaLayer")):
         chunk = is_mlp(cls, "feed_forward_chunk", *bert_path)
         add(f"{name} MLP", "mlp", chunk, feed_forward_chunk=bert_chunk)
+    distilbert = "distilbert.modeling_distilbert.FFN"
+    add(
+        "DistilBERT MLP", "mlp", is_mlp(distilbert, "ff_chunk", "lin1", "activation", "lin2"), ff_chunk=distilbert_chunk
+    )
+    add("T5 MLP", "mlp", is_mlp("t5.modeling_t5.T5DenseActDense", "forward", "wi", "act", "wo"), forward=t5_mlp)
+    for name, cls, *layers in (
+        ("BLOOM", "bloom.modeling_bloom.BloomMLP", "dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),
+        ("MPT", "mpt.modeling_mpt.MptMLP", "up_proj", "act", "down_proj"),
+    ):
+        add(f"{name} MLP", "mlp", is_mlp(cls, "forward", *layers), forward=with_residual(*layers))
     add("ALBERT MLP", "mlp", is_mlp(albert, "ff_chunk", "ffn", "activation", "ffn_output"), ff_chunk=albert_chunk)
     for name, cls, scores in (
         ("GPT-Neo attention", "gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention", gpt_neo_scores),
