@@ -134,9 +134,9 @@ def with_residual(fc: str, activation: str, proj: str):
     """The forward of a module residual + dropout(proj(activation(fc(x)))), as BLOOM and MPT have it."""
 
     def forward(module, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        layers = (getattr(module, name) for name in (fc, activation, proj))
+        first, between, second = (getattr(module, name) for name in (fc, activation, proj))
         dropped = module.training and module.hidden_dropout > 0
-        out = run_mlp(module, hidden_states, *layers, residual=None if dropped else residual)
+        out = run_mlp(module, hidden_states, first, between, second, None if dropped else residual)
         if out is None:
             return original(module, "forward")(hidden_states, residual)
         return residual + F.dropout(out, module.hidden_dropout) if dropped else out
