@@ -29,6 +29,7 @@ FILES = (
     "attention_bwd_tile.cuh",
     "attention_softmax.cuh",
     "attention_tile.cuh",
+    "attention_bend.cuh",
 )
 STATEMENT = re.compile(
     r"\b(mbarrier_wait|mbarrier_arrive|warp_arrive|mbarrier_arrive_expect|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
@@ -45,7 +46,8 @@ HARMLESS = {
         "the simulator asks for no fence where results are overwritten"
     ),
 }
-# In sinks, gradients of lse, two-sided windows and keys with documents of their own: file, what stands there, instead
+# What stands in the sources, and instead: file, right, wrong.
+# In sinks, gradients of lse, two-sided windows and keys with documents of their own
 PLANTED = {
     "every second row has no sink": ("attention_fwd_consumer.cuh", "add_sink(sink, inverse[1], lse[1]);", ""),
     "all heads have one sink": (
@@ -94,6 +96,96 @@ PLANTED = {
         "false ? document_rows",
     ),
 }
+# In a softcap and ALiBi
+PLANTED_BENT = {
+    "scores are not in base 2": ("attention_bend.cuh", "{largest * kLog2E,", "{largest,"),
+    "the softcap bends scores in base 2": (
+        "attention_bend.cuh",
+        "shape.scale / shape.softcap *",
+        "kLog2E * shape.scale / shape.softcap *",
+    ),
+    "slopes are taken for those of base 2": ("attention_bend.cuh", "1.f / largest", "kLog2E / largest"),
+    "all heads have one slope": ("attention_bend.cuh", "* shape.slope_stride + head]", "* shape.slope_stride]"),
+    "all documents have one's slopes": (
+        "attention_bend.cuh",
+        "tile.batch) * shape.slope_stride",
+        "0) * shape.slope_stride",
+    ),
+    "ALiBi has the other sign": ("attention_bend.cuh", "fmaf(-slope,", "fmaf(slope,"),
+    "distances have a sign": ("attention_bend.cuh", "fabsf(", "("),
+    "columns are as far as those beside them": ("attention_bend.cuh", "i / 4 * 8 + i % 2", "i / 4 * 8"),
+    "softmax has the scale of plain scores": ("attention_fwd_consumer.cuh", "{kBent ?", "{false ?"),
+    "the first block is not bent": ("attention_fwd_consumer.cuh", "bend(blocks.end - 1, tile, slope);", ""),
+    "only the first block is bent": ("attention_fwd_consumer.cuh", "bend(n, tile, slope);", ""),
+    "positions are one further": (
+        "attention_fwd_consumer.cuh",
+        "- n * Traits::kBlockN - lane % 4 * 2;",
+        "- n * Traits::kBlockN - lane % 4 * 2 + 1;",
+    ),
+    "positions are counted from the first key": (
+        "attention_fwd_consumer.cuh",
+        "thread_row(tile) + tile.k_len - tile.q_len - n",
+        "thread_row(tile) - n",
+    ),
+    "every second row is as far as the one before": (
+        "attention_fwd_consumer.cuh",
+        "{float(first), float(first + 8)}",
+        "{float(first), float(first)}",
+    ),
+    "scores are not capped, backward": ("attention_bwd_consumer.cuh", "cap_scores<T>(scores, args.bend);", ";"),
+    "the softcap has no derivative": (
+        "attention_bwd_consumer.cuh",
+        "kCapped ? p[i] * fmaxf(fmaf(-capped, capped, 1.f), 0.f) : p[i]",
+        "p[i]",
+    ),
+    "the derivative of masked scores is not finite": (
+        "attention_bwd_consumer.cuh",
+        "fmaxf(fmaf(-capped, capped, 1.f), 0.f)",
+        "fmaf(-capped, capped, 1.f)",
+    ),
+    "the derivative is taken after ALiBi": (
+        "attention_bwd_consumer.cuh",
+        "fmaf(-capped, capped, 1.f)",
+        "fmaf(-score, score, 1.f)",
+    ),
+    "values' gradients have the derivative": (
+        "attention_bwd_consumer.cuh",
+        "pack<T>(p[0], p[1])",
+        "pack<T>(scores[j], scores[j + 1])",
+    ),
+    "scores have the scale of plain ones, backward": (
+        "attention_bwd_consumer.cuh",
+        "fmaf(score, args.bend.unit,",
+        "fmaf(score, scale,",
+    ),
+    "ALiBi has the other sign, backward": ("attention_bwd_consumer.cuh", "fmaf(-slope,", "fmaf(slope,"),
+    "the slope is that of the key's head": (
+        "attention_bwd_consumer.cuh",
+        "alibi_slope(args.bend, shape, tile, head)",
+        "alibi_slope(args.bend, shape, tile, tile.head)",
+    ),
+    "positions are one further, backward": (
+        "attention_bwd_consumer.cuh",
+        "- query - queries_at;",
+        "- query - queries_at + 1;",
+    ),
+    "positions are counted from the first key, backward": (
+        "attention_bwd_consumer.cuh",
+        "key - (tile.k_len - tile.q_len) -",
+        "key -",
+    ),
+    "every second key is as far as the one before": (
+        "attention_bwd_consumer.cuh",
+        "return {float(first), float(first + 8)};",
+        "return {float(first), float(first)};",
+    ),
+    "a softcap is without ALiBi": ("attention_bwd_consumer.cuh", "else if (slope == 0.f)", "else if (true)"),
+    "ALiBi is without a softcap": (
+        "attention_bwd_consumer.cuh",
+        "if (args.bend.tanh_factor == 0.f)",
+        "if (slope != 0.f)",
+    ),
+}
 SEEDS = range(8)
 # Of a processor for each seed, whatever else it has to do: beyond that a variant hangs; one that does not takes two.
 CPU_LIMIT_S = 20
@@ -113,9 +205,9 @@ def mutants(file: str) -> list[tuple[int, str, str | None, str]]:
 
 def planted(name: str) -> dict[str, str]:
     """-> the file with the bug"""
-    file, right, wrong = PLANTED[name]
+    file, right, wrong = (PLANTED | PLANTED_BENT)[name]
     text = (cuda_build.source_directory() / "attention" / file).read_text()
-    assert text.count(right) == 1, f"{file} has changed: so must PLANTED"
+    assert text.count(right) == 1, f"{file} has changed: so must what is planted"
     return {file: text.replace(right, wrong)}
 
 
@@ -187,6 +279,24 @@ def run_options(library: Path) -> None:
             assert gk.attention(**neither, backend="cuda").isfinite().all()
 
 
+def run_bent(library: Path) -> None:
+    """A softcap and ALiBi, apart and together, with what else there may be, on kernels of all three designs"""
+    bounds = {"cu_seqlens": [0, 100, 150, 290], "cu_seqlens_k": [0, 40, 240, 400]}
+    bounds = {name: torch.tensor(values, dtype=torch.int32) for name, values in bounds.items()}
+    slopes = torch.tensor([[0.5, 0.03, 0.2, -0.05], [0.01, 0.0, 0.7, 0.1], [0.1, 0.3, 0.02, 0.4]])
+    for seed in SEEDS[:2]:
+        limit_time()
+        torch.manual_seed(seed)
+        with using(library), simulator.use(arch=90, seed=seed):
+            check(with_sinks(leaves(4, 150, 64, True), torch.bfloat16, 0.5), return_lse=True, softcap=2.0, scale=0.5)
+            documents = {**leaves(4, 400, 64, True, packed=True), "q": leaves(4, 290, 64, True, packed=True)["q"]}
+            check(documents, return_lse=True, causal=False, alibi_slopes=slopes, **bounds)
+            for head_dim in (64, 128):
+                tensors, both = leaves(4, 300, head_dim, True), {"softcap": 2.0, "alibi_slopes": slopes[0]}
+                check(tensors, return_lse=True, causal=False, window=(100, 40), scale=0.3, **both)
+            check(leaves(4, 150, 256, True), softcap=2.0, scale=0.2, alibi_slopes=slopes[2], window=70)
+
+
 def limit_time() -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_LIMIT_S, resource.RLIM_INFINITY))
@@ -211,7 +321,7 @@ def run_cases(library: Path) -> None:
 
 
 def survives(library: Path, run: str = "--run") -> bool:
-    """Whether all cases pass, in a process of their own: a hang counts as caught. run: or --run-options"""
+    """Whether all cases pass, in a process of their own: a hang counts as caught. run: or another --run-..."""
     command = [sys.executable, os.path.abspath(__file__), run, str(library)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -221,6 +331,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", default=FILES)
     parser.add_argument("--run", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     parser.add_argument("--run-options", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
+    parser.add_argument("--run-bent", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
         run_cases(arguments.run)
@@ -228,17 +339,23 @@ def main() -> int:
     if arguments.run_options:
         run_options(arguments.run_options)
         return 0
+    if arguments.run_bent:
+        run_bent(arguments.run_bent)
+        return 0
     files = arguments.files
     caught, harmless, missed = 0, 0, []
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        builder = Builder(Path(folder), "attention")
+        builder, bent = (Builder(Path(folder) / op, op) for op in ("attention", "attention_bent"))
         unchanged = builder.build("unchanged", {})
-        if not (survives(unchanged) and survives(unchanged, "--run-options")):
+        lives = survives(bent.build("unchanged", {}), "--run-bent")
+        if not (lives and survives(unchanged) and survives(unchanged, "--run-options")):
             sys.exit("the kernels fail without any change")
-        for i, (name, (file, *_)) in enumerate(PLANTED.items()):
+        bugs = [(builder, "--run-options", name, file) for name, (file, *_) in PLANTED.items()]
+        bugs += [(bent, "--run-bent", name, file) for name, (file, *_) in PLANTED_BENT.items()]
+        for i, (of, run, name, file) in enumerate(bugs):
             if file not in files:
                 continue
-            lives = survives(builder.build(f"planted_{i}", planted(name)), "--run-options")
+            lives = survives(of.build(f"planted_{i}", planted(name)), run)
             caught += not lives
             if lives:
                 missed.append(f"{file}: {name}")

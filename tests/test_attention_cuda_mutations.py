@@ -52,6 +52,16 @@ def test_a_planted_bug_is_caught(builder, name):
     assert not mutate_attention.survives(library, "--run-options")
 
 
+def test_a_bug_planted_in_the_softcap_is_caught(tmp_path):
+    """One for all of mutate_attention.PLANTED_BENT: each takes a library of its own."""
+    bug = mutate_attention.planted("the softcap has no derivative")
+    assert not mutate_attention.survives(Builder(tmp_path, "attention_bent").build("planted", bug), "--run-bent")
+
+
+def test_what_is_planted_elsewhere_fits_the_sources():
+    assert all(mutate_attention.planted(name) for name in mutate_attention.PLANTED | mutate_attention.PLANTED_BENT)
+
+
 def test_a_first_tile_by_block_index_hangs(builder):
     """On a busy GPU, where those that it waits for may not have started."""
     edits = {}
