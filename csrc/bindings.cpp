@@ -64,7 +64,8 @@ uintptr_t address(py::handle tensor) {
 
 void read(Fields& fields, AttentionShape& p) {
     fields FIELD(batch) FIELD(heads) FIELD(kv_heads) FIELD(q_len) FIELD(k_len) FIELD(head_dim) FIELD(left) FIELD(right)
-        FIELD(scale) FIELD(key_start) FIELD(cu_seqlens) FIELD(cu_seqlens_k);
+        FIELD(scale) FIELD(softcap) FIELD(slope_stride) FIELD(key_start) FIELD(cu_seqlens) FIELD(cu_seqlens_k)
+            FIELD(alibi_slopes);
 }
 
 void read(Fields& fields, AttentionFwdParams& p) {

@@ -22,27 +22,16 @@ static auto with_size(int head_dim, Work work) {
     return work(Size<256>());
 }
 """
-# The op's functions, for bfloat16 alone, in parts that are compiled apart: "bwd" needs no file named _fwd_.
-ENTRY_POINTS = {
-    "attention": {
-        "fwd": """
-#include "attention/attention_fwd_kernel.cuh"
-"""
-        + BY_SIZE
-        + """
+ATTENTION_FWD = """
 void attention_fwd(const AttentionFwdParams& p, cudaStream_t stream) {
     BEFORE_EACH_LAUNCH
-    with_size(p.shape.head_dim, [&](auto size) { attention_fwd_launch<__nv_bfloat16, size.value>(p, stream); });
+    with_size(p.shape.head_dim, [&](auto size) { attention_fwd_launch<__nv_bfloat16, size.value, kBent>(p, stream); });
 }
-""",
-        "bwd": """
-#include "attention/attention_bwd_passes.cuh"
 """
-        + BY_SIZE
-        + """
+ATTENTION_BWD = """
 void attention_bwd(const AttentionBwdParams& p, cudaStream_t stream) {
     BEFORE_EACH_LAUNCH
-    with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value>(p, stream); });
+    with_size(p.shape.head_dim, [&](auto size) { attention_bwd_launch<__nv_bfloat16, size.value, kBent>(p, stream); });
 }
 int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count) {
     AttentionBwdParams params = {};
@@ -51,8 +40,20 @@ int64_t attention_bwd_workspace_bytes(const AttentionShape& shape, int sm_count)
     AttentionBwdArguments unused;
     return with_size(shape.head_dim, [&](auto size) { return attention_bwd_plan<size.value>(params, &unused); });
 }
-""",
-    },
+"""
+
+
+def attention(bent: bool) -> dict[str, str]:
+    """bent: the kernels with a softcap and ALiBi, or those without"""
+    flag = f"constexpr bool kBent = {str(bent).lower()};\n"
+    parts = {"fwd": ("attention_fwd_kernel", ATTENTION_FWD), "bwd": ("attention_bwd_passes", ATTENTION_BWD)}
+    return {part: f'#include "attention/{file}.cuh"\n{flag}{BY_SIZE}{text}' for part, (file, text) in parts.items()}
+
+
+# The op's functions, for bfloat16 alone, in parts that are compiled apart: "bwd" needs no file named _fwd_.
+ENTRY_POINTS = {
+    "attention": attention(bent=False),
+    "attention_bent": attention(bent=True),
     "mlp": {
         "fwd_bwd": """
 #include "mlp/mlp_kernel.cuh"
@@ -96,7 +97,7 @@ def source(op: str, file: str) -> str:
 
 
 def folder_of(op: str) -> str:
-    return "mlp" if op == "gated_mlp" else op
+    return {"gated_mlp": "mlp", "attention_bent": "attention"}.get(op, op)
 
 
 def placeholders(op: str) -> str:

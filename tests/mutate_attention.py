@@ -26,6 +26,7 @@ FILES = (
     "attention_bwd_tile.cuh",
     "attention_softmax.cuh",
     "attention_tile.cuh",
+    "attention_bend.cuh",
 )
 STATEMENT = re.compile(
     r"\b(mbarrier_wait|mbarrier_arrive|warp_arrive|mbarrier_arrive_expect|wgmma_wait<\d>|wgmma_fence|wgmma_commit|"
@@ -90,6 +91,94 @@ PLANTED = {
         "own_keys && order.of_keys ? document_rows(shape.cu_seqlens, document, shape.q_len) : rows",
         "rows",
     ),
+}
+# In a softcap and ALiBi
+PLANTED_BENT = {
+    "scores are not in base 2": Place("attention_bend.cuh", "largest * kLog2E", "largest"),
+    "the softcap bends scores in base 2": Place(
+        "attention_bend.cuh",
+        "shape.scale / shape.softcap * kTanhUnit<T>",
+        "kLog2E * shape.scale / shape.softcap * kTanhUnit<T>",
+    ),
+    "slopes are taken for those of base 2": Place("attention_bend.cuh", "1.f / largest", "kLog2E / largest"),
+    "all heads have one slope": Place(
+        "attention_bend.cuh",
+        "int64_t(tile.batch) * shape.slope_stride + head",
+        "int64_t(tile.batch) * shape.slope_stride",
+    ),
+    "all documents have one's slopes": Place(
+        "attention_bend.cuh", "int64_t(tile.batch) * shape.slope_stride + head", "head"
+    ),
+    "ALiBi has the other sign": Place(
+        "attention_bend.cuh",
+        "fmaf(-slope, diagonal_distance(first, i), s[i])",
+        "fmaf(slope, diagonal_distance(first, i), s[i])",
+    ),
+    "distances have a sign": Place(
+        "attention_bend.cuh",
+        "fabsf(first[i / 2 % 2] - float(i / 4 * 8 + i % 2))",
+        "first[i / 2 % 2] - float(i / 4 * 8 + i % 2)",
+    ),
+    "columns are as far as those beside them": Place("attention_bend.cuh", "i / 4 * 8 + i % 2", "i / 4 * 8"),
+    "softmax has the scale of plain scores": Place(
+        "attention_fwd_consumer.cuh", "kBent ? args.bend.unit : shape.scale * kLog2E", "shape.scale * kLog2E"
+    ),
+    "the first block is not bent": Place("attention_fwd_consumer.cuh", "bend(blocks.end - 1, tile, slope);", ";"),
+    "only the first block is bent": Place("attention_fwd_consumer.cuh", "bend(n, tile, slope);", ";"),
+    "positions are one further": Place(
+        "attention_fwd_consumer.cuh",
+        "thread_row(tile) + tile.k_len - tile.q_len - n * Traits::kBlockN - lane % 4 * 2",
+        "thread_row(tile) + tile.k_len - tile.q_len - n * Traits::kBlockN - lane % 4 * 2 + 1",
+    ),
+    "positions are counted from the first key": Place(
+        "attention_fwd_consumer.cuh",
+        "thread_row(tile) + tile.k_len - tile.q_len - n * Traits::kBlockN - lane % 4 * 2",
+        "thread_row(tile) - n * Traits::kBlockN - lane % 4 * 2",
+    ),
+    "every second row is as far as the one before": Place(
+        "attention_fwd_consumer.cuh", "float(first + 8)", "float(first)"
+    ),
+    "scores are not capped, backward": Place("attention_bwd_consumer.cuh", "cap_scores<T>(scores, args.bend);", ";"),
+    "the softcap has no derivative": Place(
+        "attention_bwd_consumer.cuh", "kCapped ? p[i] * fmaxf(fmaf(-capped, capped, 1.f), 0.f) : p[i]", "p[i]"
+    ),
+    "the derivative of masked scores is not finite": Place(
+        "attention_bwd_consumer.cuh", "fmaxf(fmaf(-capped, capped, 1.f), 0.f)", "fmaf(-capped, capped, 1.f)"
+    ),
+    "the derivative is taken after ALiBi": Place(
+        "attention_bwd_consumer.cuh", "fmaf(-capped, capped, 1.f)", "fmaf(-score, score, 1.f)"
+    ),
+    "values' gradients have the derivative": Place(
+        "attention_bwd_consumer.cuh", "pack<T>(p[0], p[1])", "pack<T>(scores[j], scores[j + 1])"
+    ),
+    "scores have the scale of plain ones, backward": Place(
+        "attention_bwd_consumer.cuh",
+        "fmaf(score, args.bend.unit, i % 2 ? l.y : l.x)",
+        "fmaf(score, scale, i % 2 ? l.y : l.x)",
+    ),
+    "ALiBi has the other sign, backward": Place(
+        "attention_bwd_consumer.cuh",
+        "fmaf(-slope, diagonal_distance(first, j + i), capped)",
+        "fmaf(slope, diagonal_distance(first, j + i), capped)",
+    ),
+    "the slope is that of the key's head": Place(
+        "attention_bwd_consumer.cuh",
+        "alibi_slope(args.bend, shape, tile, head)",
+        "alibi_slope(args.bend, shape, tile, tile.head)",
+    ),
+    "positions are one further, backward": Place(
+        "attention_bwd_consumer.cuh",
+        "key - (tile.k_len - tile.q_len) - query - queries_at",
+        "key - (tile.k_len - tile.q_len) - query - queries_at + 1",
+    ),
+    "positions are counted from the first key, backward": Place(
+        "attention_bwd_consumer.cuh", "key - (tile.k_len - tile.q_len) - query - queries_at", "key - query - queries_at"
+    ),
+    "every second key is as far as the one before": Place(
+        "attention_bwd_consumer.cuh", "float(first + 8)", "float(first)"
+    ),
+    "a softcap is without ALiBi": Place("attention_bwd_consumer.cuh", "slope == 0.f", "true"),
+    "ALiBi is without a softcap": Place("attention_bwd_consumer.cuh", "args.bend.tanh_factor == 0.f", "slope != 0.f"),
 }
 # On a busy GPU those that it waits for may not have started.
 TILES_BY_BLOCK_INDEX = (
@@ -169,6 +258,24 @@ def run_options(library: Path) -> None:
             assert gk.attention(**neither, backend="cuda").isfinite().all()
 
 
+def run_bent(library: Path) -> None:
+    """A softcap and ALiBi, apart and together, with what else there may be, on kernels of all three designs"""
+    bounds = {"cu_seqlens": [0, 100, 150, 290], "cu_seqlens_k": [0, 40, 240, 400]}
+    bounds = {name: torch.tensor(values, dtype=torch.int32) for name, values in bounds.items()}
+    slopes = torch.tensor([[0.5, 0.03, 0.2, -0.05], [0.01, 0.0, 0.7, 0.1], [0.1, 0.3, 0.02, 0.4]])
+    for seed in SEEDS[:2]:
+        limit_time(CPU_LIMIT_S)
+        torch.manual_seed(seed)
+        with using(library), simulator.use(arch=90, seed=seed):
+            check(with_sinks(leaves(4, 150, 64, True), torch.bfloat16, 0.5), return_lse=True, softcap=2.0, scale=0.5)
+            documents = {**leaves(4, 400, 64, True, packed=True), "q": leaves(4, 290, 64, True, packed=True)["q"]}
+            check(documents, return_lse=True, causal=False, alibi_slopes=slopes, **bounds)
+            for head_dim in (64, 128):
+                tensors, both = leaves(4, 300, head_dim, True), {"softcap": 2.0, "alibi_slopes": slopes[0]}
+                check(tensors, return_lse=True, causal=False, window=(100, 40), scale=0.3, **both)
+            check(leaves(4, 150, 256, True), softcap=2.0, scale=0.2, alibi_slopes=slopes[2], window=70)
+
+
 def run_cases(library: Path) -> None:
     """Enough tiles for each CTA to take several, and enough blocks in each to go round its rings."""
     expected = None
@@ -193,15 +300,20 @@ def main() -> int:
     parser.add_argument("--serve", type=Path, metavar="LIBRARY", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, {"cases": run_cases, "options": run_options})
+        serve(arguments.serve, {"cases": run_cases, "options": run_options, "bent": run_bent})
         return 0
     places, harmless = removals("attention", arguments.files, STATEMENT, HARMLESS)
-    planted = {name: place for name, place in PLANTED.items() if place.file in arguments.files}
-    bugs = {name: (place,) for name, place in {**planted, **places}.items()}
-    bugs["tiles by block index"] = TILES_BY_BLOCK_INDEX
+    planted, bent = (
+        {name: (place,) for name, place in bugs.items() if place.file in arguments.files}
+        for bugs in (PLANTED, PLANTED_BENT)
+    )
+    bugs = planted | {name: (place,) for name, place in places.items()} | {"tiles by index": TILES_BY_BLOCK_INDEX}
     trials = {name: "options" if name in planted else "cases" for name in bugs}
-    with tempfile.TemporaryDirectory() as folder, Planted(Path(folder), "attention", __file__, bugs) as library:
-        return report([library], trials, harmless)
+    with tempfile.TemporaryDirectory() as folder:
+        with Planted(Path(folder) / "plain", "attention", __file__, bugs) as library:
+            missed = report([library], trials, harmless)
+        with Planted(Path(folder) / "bent", "attention_bent", __file__, bent) as library:
+            return report([library], dict.fromkeys(bent, "bent"), {}) or missed
 
 
 if __name__ == "__main__":

@@ -79,21 +79,24 @@ Bugs = Mapping[str, tuple[Place, ...]]
 
 
 def with_switches(op: str, bugs: Bugs) -> dict[str, str]:
-    """-> the files that bugs are in, with a switch at each place: bugs are counted from 1. Places may be the same, not
-    in one another."""
+    """-> the files that bugs are in, with a switch at each place: bugs are counted from 1. A place may be another one's,
+    or in it."""
     texts = {place.file: source(folder_of(op), place.file) for bug in bugs.values() for place in bug}
-    places: dict[tuple[str, int], list[tuple[int, Place]]] = {}
+    places: dict[tuple[str, int, int], list[tuple[int, Place]]] = {}
     for number, name in enumerate(bugs, 1):
         for place in bugs[name]:
-            places.setdefault((place.file, place.found(texts[place.file])), []).append((number, place))
-    for (file, start), here in sorted(places.items(), reverse=True):
-        text, right = texts[file], here[0][1].right
-        assert {place.right for _, place in here} == {right}, here
-        assert text.startswith(right, start), here
-        switched = right
-        for number, place in here:
+            start = place.found(texts[place.file])
+            places.setdefault((place.file, start, start + len(place.right)), []).append((number, place))
+    grown: list[tuple[str, int, int]] = []  # file, start, by how much, of what lies further on
+    # From the end on, and what lies in a place before it.
+    for file, start, end in sorted(places, key=lambda place: (place[0], -place[1], place[2])):
+        text = texts[file]
+        end_now = end + sum(by for other, at, by in grown if other == file and at < end)
+        switched = text[start:end_now]
+        for number, place in places[file, start, end]:
             switched = place.switched(number, switched)
-        texts[file] = text[:start] + switched + text[start + len(right) :]
+        texts[file] = text[:start] + switched + text[end_now:]
+        grown.append((file, start, len(switched) - (end_now - start)))
     return texts
 
 

@@ -99,11 +99,13 @@ def test_attention(arch, bits, head_size):
     [(64, "sinks"), (128, "alibi_slopes"), (256, "softcap")],
     ids=["gpt-oss", "BLOOM", "Gemma 2"],
 )
-def test_options(head_size, option):
+@pytest.mark.parametrize("arch", [90, 100])
+def test_options(arch, head_size, option):
+    """With lse's gradient, and keys on both sides"""
     q, k, v, out, dout = torch.empty(5, 1, 2, 256, head_size, dtype=torch.bfloat16)
     lse, options = torch.empty(1, 2, 256), {option: 50.0 if option == "softcap" else torch.empty(2)}
-    call = AttentionCall(q, k, v, left=100, scale=0.1, return_lse=True, **options)
-    with compiled_launches(90) as launches:
+    call = AttentionCall(q, k, v, left=100, right=20, scale=0.1, return_lse=True, **options)
+    with compiled_launches(arch) as launches:
         triton_kernels.attention_fwd(call)
         triton_kernels.attention_bwd(call, dout, out, lse, lse)
     assert {compiled.kernel for compiled in launches} == KERNELS

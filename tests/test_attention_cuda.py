@@ -173,10 +173,9 @@ def query_head_splits(heads, kv_heads, k_len, head_dim, sm_count):
     numbers = cuda_kernels.shape_numbers(AttentionCall(q, k, k))
     block = 64 if head_dim > 128 else 128
     padded = next(size for size in (64, 96, 128, 256) if head_dim <= size)
+    variables = cuda_kernels.VARIABLES, numbers, (None,) * len(cuda_kernels.VARIABLES)
     # With one SM nothing is split.
-    bytes_of = functools.partial(
-        cuda_library.load().attention_bwd_workspace_bytes, cuda_kernels.VARIABLES, numbers, (None, None, None)
-    )
+    bytes_of = functools.partial(cuda_library.load().attention_bwd_workspace_bytes, *variables)
     shares = bytes_of(sm_count) - bytes_of(1)
     return max(1, shares // (-(-k_len // block) * block * padded * kv_heads * 2 * 4))
 

@@ -32,7 +32,7 @@ def kernels(what: str) -> dict[str, str]:
 
 def test_no_kernel_spills(library):
     resources = kernels("--dump-resource-usage")
-    assert len(resources) >= 26
+    assert len(resources) >= 50
     for name, text in resources.items():
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
         assert used["STACK"] == 0, name
@@ -45,7 +45,7 @@ def test_no_kernel_spills(library):
 def test_the_instructions_that_are_meant(library):
     code = kernels("--dump-sass")
     main = {name: text for name, text in code.items() if re.search(r"attention_[fb]wd_kernel", name)}
-    assert len(main) >= 14
+    assert len(main) >= 34
     for name, text in main.items():
         meant = ["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "SYNCS"]
         for instruction in meant + ["UBLKCP"] * ("attention_bwd_kernel" in name):
@@ -63,6 +63,30 @@ def test_masks_are_bits(library):
             masked, comparisons = kernel.count("FSEL"), kernel.count("ISETP")
             assert kernel.count("R2P") * 8 >= masked * 0.8, kernel.name
             assert comparisons < 180, f"{kernel.name}: {comparisons} comparisons, {masked} selections"
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [("attention_fwd_kernel", {64: 128, 96: 128, 128: 128, 192: 128, 256: 80}),
+     ("attention_bwd_kernel", {64: 64, 96: 32, 128: 32, 256: 16})],
+)  # fmt: skip
+def test_scores_are_bent_in_kernels_of_their_own(library, name, scores):
+    """scores: of a thread, by head size, in all places where they are multiplied. A softcap takes two instructions for
+    each, or five in float16, which has no use for the special function unit's hyperbolic tangent; ALiBi takes two."""
+    bent, plain = {}, {}
+    for kernel in sass.kernels(name):
+        (head_size,) = re.findall(r"Li(\d+)E", kernel.name)
+        of = bent if "Lb1E" in kernel.name else plain
+        of[int(head_size), "half" in kernel.name] = kernel
+    assert len(bent) == 8
+    assert not any(kernel.count(r"MUFU\.TANH") for kernel in plain.values())
+    for (head_size, is_half), kernel in bent.items():
+        places = scores[head_size]
+        assert kernel.count(r"MUFU\.TANH") == (0 if is_half else places), kernel.name
+        assert (kernel.count(r"MUFU\.RCP") >= places) == is_half, kernel.name
+        if name == "attention_fwd_kernel":
+            added = len(kernel.code) - len(plain[head_size, is_half].code)
+            assert added <= ((5 if is_half else 2) + 2 + 1) * places, f"{kernel.name}: {added} instructions"
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ if not cuda_build.find_nvcc():
     pytest.skip("needs nvcc", allow_module_level=True)
 
 import mutate_attention
-from mutate_attention import PLANTED, TILES_BY_BLOCK_INDEX
-from planted import Planted, removals
+from mutate_attention import PLANTED, PLANTED_BENT, TILES_BY_BLOCK_INDEX
+from planted import Planted, removals, with_switches
 
 EVERY = 12
 PLACES, HARMLESS = removals("attention", mutate_attention.FILES, mutate_attention.STATEMENT, mutate_attention.HARMLESS)
@@ -27,6 +27,7 @@ OPTIONS = (
     "blocks of queries on the right are left out",
     "queries are cut like keys",
 )
+BENT = ("the softcap has no derivative", "ALiBi has the other sign", "positions are one further, backward")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,17 @@ def kernels(tmp_path_factory):
     bugs["tiles by block index"] = TILES_BY_BLOCK_INDEX
     with Planted(tmp_path_factory.mktemp("mutations"), "attention", mutate_attention.__file__, bugs) as planted:
         yield planted
+
+
+def test_bugs_in_a_softcap_and_alibi_are_caught(tmp_path):
+    bugs = {name: (PLANTED_BENT[name],) for name in BENT}
+    with Planted(tmp_path, "attention_bent", mutate_attention.__file__, bugs) as kernels:
+        assert kernels.survives(None, "bent")
+        assert [name for name in bugs if kernels.survives(name, "bent")] == []
+
+
+def test_what_is_planted_elsewhere_fits_the_sources():
+    assert with_switches("attention", {name: (place,) for name, place in (PLANTED | PLANTED_BENT).items()})
 
 
 def test_there_is_much_to_remove():

@@ -10,7 +10,6 @@ import gptkernels as gk
 from gptkernels.ops.attention import attention, reference
 
 BACKENDS = ["eager", "triton", "cuda"]
-BENDING = ["eager", "triton"]  # those that have a softcap and ALiBi
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -154,7 +153,7 @@ def test_a_query_without_keys_has_its_sink(anywhere, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BENDING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_softcap(where, backend, dtype):
     require(where, backend, dtype)
     tensors = make(where, 100, kv_heads=1, dtype=dtype)
@@ -164,7 +163,7 @@ def test_softcap(where, backend, dtype):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", [(2,), (2, 2)])
-@pytest.mark.parametrize("backend", BENDING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_alibi(where, backend, causal, shape):
     require(where, backend)
     for queries, keys in ((100, 100), (40, 100)):
@@ -172,7 +171,7 @@ def test_alibi(where, backend, causal, shape):
         assert_attention_parity(tensors, backend, causal=causal)
 
 
-@pytest.mark.parametrize("backend", BENDING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_wide_heads(anywhere, backend):
     """BLOOM's and Gemma 2's"""
     require(anywhere, backend)
@@ -218,14 +217,12 @@ def test_documents_with_keys_of_their_own(where, backend, causal):
     tensors = with_own_keys(where, [5, 70, 0, 1, 66], [9, 0, 30, 80, 40], heads=2, kv_heads=1)
     for window in (None, (15, 0)):
         assert_attention_parity(tensors, backend, causal=causal, window=window)
-    tensors = with_sinks(where, tensors, 0.5, -0.5)
-    if backend != "cuda":
-        tensors = with_slopes(where, tensors, 5, 2)
+    tensors = with_slopes(where, with_sinks(where, tensors, 0.5, -0.5), 5, 2)
     assert_attention_parity(tensors, backend, causal=causal, return_lse=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("backend", BENDING)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_all_at_once(where, backend, dtype):
     require(where, backend, dtype)
     tensors = make(where, 90, 120, batch=2, heads=2, kv_heads=1, head_size=80, dtype=dtype)
@@ -233,7 +230,8 @@ def test_all_at_once(where, backend, dtype):
     starts = key_start(where, 0, 50)
     options = {"causal": False, "window": (40, 7), "softcap": 3.0, "return_lse": True, "scale": 0.3}
     assert_attention_parity({**tensors, "key_start": starts}, backend, **options)
-    assert_attention_parity({**tensors, "key_start": starts}, backend, dropout=0.2, **options)
+    if backend != "cuda":
+        assert_attention_parity({**tensors, "key_start": starts}, backend, dropout=0.2, **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -264,13 +262,51 @@ def test_cuda_on_any_schedule(seed, request):
         assert_attention_parity(tensors, "cuda", return_lse=True, **options[seed // 2 % 4])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_bent_cuda_on_any_schedule(seed, request):
+    """A softcap, ALiBi and both, with all that may come with them, on every head size's kernels."""
+    where = Where(device_kind(request.config), 90, seed)
+    with where.active():
+        require(where, "cuda")
+        head_size, dtype = (64, 128, 80, 256, 112, 192)[seed % 6], DTYPES[1 + seed // 3 % 2]
+        shape = {"heads": 4, "kv_heads": (2, 1, 4)[seed % 3], "head_size": head_size, "dtype": dtype}
+        options = {"softcap": (50.0, 1.5)[seed // 6], "scale": (None, 0.4)[seed // 6]} if seed % 3 != 1 else {}
+        slopes = torch.tensor([[0.5, -0.02, 0.0, 3.0], [2.0**-8, 0.1, 0.3, 0.03]] * 2)
+        if seed % 4 == 3:
+            tensors, sequences = with_own_keys(where, [70, 0, 201, 33], [150, 41, 90, 0], **shape), 4
+        else:
+            tensors, sequences = make(where, 203, 177, batch=2, **shape), 2
+        if options:
+            tensors = with_sinks(where, tensors, 2.0, -1.0, dtype=(dtype, torch.float32)[seed // 6])
+        if seed % 3:
+            tensors["alibi_slopes"] = (slopes[0] if seed % 2 else slopes[:sequences]).to(where.device)
+        seen = ({}, {"window": (100, 30), "causal": False}, {"window": 80}, {"causal": False})[(seed + seed // 4) % 4]
+        assert_attention_parity(tensors, "cuda", return_lse=True, **options, **seen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_alibi_alone_are_these_weights(anywhere, backend):
+    """With q = 0 weights are the softmax of -slope * distance, whichever sign a slope has."""
+    require(anywhere, backend)
+    dtype, exact = (torch.float16, 1e-3) if backend == "cuda" else (torch.float32, 1e-4)
+    q, k, v = torch.zeros(1, 2, 70, 64), torch.randn(1, 1, 150, 64), torch.randn(1, 1, 150, 64)
+    q, k, v = (x.to(anywhere.device, dtype) for x in (q, k, v))
+    slopes = torch.tensor([0.3, -0.1])
+    distance = (torch.arange(70)[:, None] + 80 - torch.arange(150)).abs()
+    scores = -slopes[:, None, None] * distance
+    out, lse = attention(
+        q, k, v, causal=False, alibi_slopes=slopes.to(anywhere.device), softcap=5.0, return_lse=True, backend=backend
+    )
+    torch.testing.assert_close(lse[0].cpu(), scores.logsumexp(-1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(out[0].float().cpu(), scores.softmax(-1) @ v[0].float().cpu(), atol=exact, rtol=exact)
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton", "cuda"])
 def test_what_there_is_one_of_for_each_row_or_head_may_be_expanded(anywhere, backend):
     anywhere.require(backend)
     q, k, v = torch.randn(3, 3, 2, 40, 32).to(anywhere.device, torch.float16)
     one = {"key_start": torch.tensor([7], dtype=torch.int32).expand(3), "sinks": torch.tensor([1.0]).expand(2)}
-    if backend != "cuda":
-        one["alibi_slopes"] = torch.tensor([0.3]).expand(2)
+    one["alibi_slopes"] = torch.tensor([0.3]).expand(2)
     one = {name: x.to(anywhere.device) for name, x in one.items()}
     expected = gk.attention(q, k, v, **{name: x.contiguous() for name, x in one.items()}, backend=backend)
     assert torch.equal(gk.attention(q, k, v, **one, backend=backend), expected)

@@ -16,10 +16,13 @@ struct AttentionShape {
     int q_len, k_len;     // rows of all documents together, with cu_seqlens
     int head_dim;         // a multiple of 8, at most 256
     int left, right;
-    float scale;            // positive
-    const int* key_start;   // (batch,) or null
-    const int* cu_seqlens;  // (batch + 1,) or null
+    float scale;              // positive
+    float softcap;            // of scores, 0: none
+    const int* key_start;     // (batch,) or null
+    const int* cu_seqlens;    // (batch + 1,) or null
     const int* cu_seqlens_k;  // as cu_seqlens, or null: the same
+    const float* alibi_slopes;  // (heads,), or (batch, heads), or null
+    int slope_stride;           // from one batch entry to the next
 };
 
 // Strides are elements from one batch entry (0 with cu_seqlens), head and row to the next; multiples of 8.

@@ -2,7 +2,7 @@
 #pragma once
 #include "attention/attention_bwd_tile.cuh"
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, bool kBent>  // kBent: whether there is a softcap, or ALiBi
 struct AttentionBwdConsumer {
     using Traits = AttentionBwdTraits<HeadDim>;
     static constexpr int kScores = Traits::kScoreColumns / 2, kGradients = Traits::kGradientColumns / 2;  // registers
@@ -76,13 +76,14 @@ struct AttentionBwdConsumer {
         if (shape.cu_seqlens && (tile.block + 1) * Traits::kBlockN > tile.k_len)
             clear_after<Traits::kBlockN>(shared.k, shared.v, tile.k_len - tile.block * Traits::kBlockN);
         for_each_query_block<HeadDim>(args, tile,
-                                      [&](int, int m, int64_t dq_slot) { work_on(tile, m, dq_slot, common); });
+                                      [&](int head, int m, int64_t dq_slot) { work_on(tile, head, m, dq_slot, common); });
     }
 
     // One block of queries.
-    GK_DEVICE void work_on(const AttentionTile& tile, int m, int64_t dq_slot, KeyRange common) {
+    GK_DEVICE void work_on(const AttentionTile& tile, int head, int m, int64_t dq_slot, KeyRange common) {
         float scores[kScores], dscores[kScores], dq[Traits::kDqRegisters];
         uint32_t probabilities[kScores / 2], packed[kScores / 2];
+        const float slope = kBent ? alibi_slope(args.bend, shape, tile, head) : 0.f;
         const uint64_t stage = place.stage() * (Traits::kQBytes >> 4);
         mbarrier_wait(place.of(shared.q_full), place.parity());
         if (shape.cu_seqlens && (m + 1) * Traits::kBlockM > tile.q_len) {
@@ -95,18 +96,27 @@ struct AttentionBwdConsumer {
         multiply_scores(dscores, v_scores, dout_scores + stage);
         wgmma_wait<1>();
         pin(scores);
-        mask(scores, tile, m * Traits::kBlockM + group_query, common);
-        exponentiate(scores);
+        const int query = m * Traits::kBlockM + group_query;
+        if constexpr (kBent) cap_scores<T>(scores, args.bend);
+        mask(scores, tile, query, common);
+        if constexpr (!kBent) exponentiate(scores);
         if constexpr (Traits::kDvFirst) {
-            pack<T>(probabilities, scores);
+            if constexpr (kBent)
+                exponentiate_bent(probabilities, scores, first_distances(tile, query), slope);
+            else
+                pack<T>(probabilities, scores);
             multiply_gradient(dv, probabilities, probabilities_dv, dout_dv + stage);
             wgmma_wait<1>();
         } else {
             wgmma_wait<0>();
         }
         pin(dscores);
-        if constexpr (!Traits::kDvFirst) pack<T>(probabilities, scores);
-        times_gradients(packed, scores, dscores);
+        if constexpr (kBent && !Traits::kDvFirst) {
+            exponentiate_bent(probabilities, scores, first_distances(tile, query), slope, &packed, &dscores);
+        } else {
+            if constexpr (!Traits::kDvFirst) pack<T>(probabilities, scores);
+            times_gradients(packed, scores, dscores);
+        }
         constexpr bool kDvLast = Traits::kSplitColumns;
         if constexpr (!Traits::kDvFirst && !kDvLast)
             multiply_gradient(dv, probabilities, probabilities_dv, dout_dv + stage);
@@ -204,13 +214,61 @@ struct AttentionBwdConsumer {
     // Gradients of the scores: p (dp - delta)
     GK_DEVICE void times_gradients(uint32_t (&packed)[kScores / 2], const float (&p)[kScores],
                                    const float (&dp)[kScores]) {
-        const float2* delta = statistics(shared.delta);
+#pragma unroll
+        for (int j = 0; j < kScores; j += 4) times_gradients(packed, p, dp, j);
+    }
+
+    // Of four scores from j on.
+    GK_DEVICE void times_gradients(uint32_t (&packed)[kScores / 2], const float (&p)[kScores],
+                                   const float (&dp)[kScores], int j) {
+        const float2 d = statistics(shared.delta)[j];
+        packed[j / 2] = pack<T>(p[j] * (dp[j] - d.x), p[j + 1] * (dp[j + 1] - d.y));
+        packed[j / 2 + 1] = pack<T>(p[j + 2] * (dp[j + 2] - d.x), p[j + 3] * (dp[j + 3] - d.y));
+    }
+
+    // Of this thread's two keys, from the first of its queries in the block that starts with `query`.
+    GK_DEVICE float2 first_distances(const AttentionTile& tile, int query) {
+        const int key = tile.block * Traits::kBlockN + group_key + warp * 16 + lane / 4;
+        const int first = key - (tile.k_len - tile.q_len) - query - queries_at;
+        return {float(first), float(first + 8)};
+    }
+
+    // Exponentials of capped scores less their distances, packed. Scores become what their gradients are multiplied by:
+    // exponentials times the softcap's derivative. With dp these are done too, four at a time, for then few of them
+    // are in registers together.
+    template <bool kCapped, bool kAlibi>
+    GK_DEVICE void exponentiate_bent(uint32_t (&probabilities)[kScores / 2], float (&scores)[kScores],
+                                     const float (&first)[2], float slope, uint32_t (*packed)[kScores / 2],
+                                     const float (*dp)[kScores]) {
+        const float2* minus_lse = statistics(shared.lse);
 #pragma unroll
         for (int j = 0; j < kScores; j += 4) {
-            const float2 d = delta[j];
-            packed[j / 2] = pack<T>(p[j] * (dp[j] - d.x), p[j + 1] * (dp[j + 1] - d.y));
-            packed[j / 2 + 1] = pack<T>(p[j + 2] * (dp[j + 2] - d.x), p[j + 3] * (dp[j + 3] - d.y));
+            const float2 l = minus_lse[j];
+            float p[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float capped = scores[j + i];
+                const float score = kAlibi ? fmaf(-slope, diagonal_distance(first, j + i), capped) : capped;
+                p[i] = exp2_approx(fmaf(score, args.bend.unit, i % 2 ? l.y : l.x));
+                // Where there is a mask the score is -inf.
+                scores[j + i] = kCapped ? p[i] * fmaxf(fmaf(-capped, capped, 1.f), 0.f) : p[i];
+            }
+            probabilities[j / 2] = pack<T>(p[0], p[1]);
+            probabilities[j / 2 + 1] = pack<T>(p[2], p[3]);
+            if (dp) times_gradients(*packed, scores, *dp, j);
         }
+    }
+
+    GK_DEVICE void exponentiate_bent(uint32_t (&probabilities)[kScores / 2], float (&scores)[kScores], float2 distances,
+                                     float slope, uint32_t (*packed)[kScores / 2] = nullptr,
+                                     const float (*dp)[kScores] = nullptr) {
+        const float first[2] = {distances.x, distances.y};
+        if (args.bend.tanh_factor == 0.f)
+            exponentiate_bent<false, true>(probabilities, scores, first, slope, packed, dp);
+        else if (slope == 0.f)
+            exponentiate_bent<true, false>(probabilities, scores, first, slope, packed, dp);
+        else
+            exponentiate_bent<true, true>(probabilities, scores, first, slope, packed, dp);
     }
 
     // Swizzled: the 16-byte unit of a row is exclusive-or'ed with the row.

@@ -104,7 +104,7 @@ GK_DEVICE void attention_bwd_add_dq(const AttentionBwdArguments& args,
     }
 }
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, bool kBent>
 __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
     attention_bwd_kernel(const __grid_constant__ AttentionBwdArguments args) {
     using Traits = AttentionBwdTraits<HeadDim>;
@@ -131,6 +131,6 @@ __global__ void __launch_bounds__(AttentionBwdTraits<HeadDim>::kThreads, 1)
         if (!Traits::kDirectDq && warp == 1 && elect_one()) attention_bwd_add_dq<HeadDim>(args, shared);
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        AttentionBwdConsumer<T, HeadDim>{args, shared, warp / 4 - 1}.run();
+        AttentionBwdConsumer<T, HeadDim, kBent>{args, shared, warp / 4 - 1}.run();
     }
 }

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(256) attention_bwd_end_kernel(const AttentionB
     }
 }
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, bool kBent>
 void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream) {
     using Traits = AttentionBwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
@@ -148,13 +148,14 @@ void attention_bwd_launch(const AttentionBwdParams& params, cudaStream_t stream)
     args.v = map("v", params.v, shape, shape.kv_heads, shape.k_len, Traits::kBlockN);
     args.dk = {map("dk", params.dk, shape, shape.kv_heads, shape.k_len, 16), params.dk};
     args.dv = {map("dv", params.dv, shape, shape.kv_heads, shape.k_len, 16), params.dv};
+    args.bend = attention_bend<T>(shape);
 
     const unsigned ctas = unsigned(args.part_order.tiles < params.sm_count ? args.part_order.tiles : params.sm_count);
     args.first_tile = params.dq_in_order ? 0 : ctas;
     const unsigned query_blocks = args.query_order.tiles;
     const unsigned last_ctas = query_blocks + (args.workspace.splits > 1 ? 2 * unsigned(args.key_order.tiles) : 0);
     launch<attention_bwd_begin_kernel<T, HeadDim>>("attention_bwd_begin_kernel", {query_blocks, 256, 0, stream}, args);
-    launch<attention_bwd_kernel<T, HeadDim>>(
+    launch<attention_bwd_kernel<T, HeadDim, kBent>>(
         "attention_bwd_kernel", {ctas, Traits::kThreads, sizeof(typename Traits::Shared), stream, true}, args);
     launch<attention_bwd_end_kernel<T, HeadDim>>("attention_bwd_end_kernel", {last_ctas, 256, 0, stream, true}, args);
 }

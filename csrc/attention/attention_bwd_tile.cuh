@@ -1,6 +1,6 @@
 // What the three kernels of the backward pass share: tile sizes and the workspace between them.
 #pragma once
-#include "attention/attention_tile.cuh"
+#include "attention/attention_bend.cuh"
 
 // A CTA of the main kernel owns kBlockN keys and loops over blocks of kBlockM queries. Of dq each of its two warpgroups
 // computes 64 rows by kDqColumns columns: half of the rows, or half of the columns.
@@ -92,6 +92,7 @@ struct AttentionBwdArguments {
     int first_tile;                             // that the main kernel's CTAs take from the counter
     CUtensorMap q, dout, k, v;
     AttentionOutput dk, dv;
+    AttentionBend bend;
 };
 
 // All but the maps; the tensors are not looked at. Returns how many bytes the workspace has.

@@ -1,7 +1,7 @@
 // What the forward pass's kernel keeps in shared memory, and what a warpgroup of it does with each tile.
 #pragma once
+#include "attention/attention_bend.cuh"
 #include "attention/attention_softmax.cuh"
-#include "attention/attention_tile.cuh"
 
 template <int HeadDim>  // 64, 96, 128, 192 or 256: what smaller heads are padded to, in shared memory
 struct AttentionFwdTraits : AttentionPanels<HeadDim> {
@@ -35,12 +35,13 @@ struct AttentionFwdTraits : AttentionPanels<HeadDim> {
 struct AttentionFwdArguments {
     AttentionFwdParams params;
     AttentionTileOrder order;
+    AttentionBend bend;
     CUtensorMap q, k, v;
     AttentionOutput out;
 };
 
 // A warpgroup owns 64 queries, and multiplies the next scores while it exponentiates the last ones.
-template <class T, int HeadDim>
+template <class T, int HeadDim, bool kBent>  // kBent: whether there is a softcap, or ALiBi
 struct AttentionFwdConsumer {
     using Traits = AttentionFwdTraits<HeadDim>;
     static constexpr int kScores = Traits::kBlockN / 2, kOutputs = HeadDim / 2;  // accumulator registers
@@ -71,7 +72,7 @@ struct AttentionFwdConsumer {
             warp_arrive(slot.of(shared.tile_empty));
             slot.advance();
             if (tile.block < 0) break;
-            AttentionSoftmax softmax = {shape.scale * kLog2E};
+            AttentionSoftmax softmax = {kBent ? args.bend.unit : shape.scale * kLog2E};
             attend(tile, softmax);
             if (!Traits::kOutOverQ) warp_arrive(q_place.of(shared.q_empty));
             softmax.finish();
@@ -94,6 +95,7 @@ struct AttentionFwdConsumer {
         // Keys that all rows of the warpgroup see: blocks within need no mask.
         const KeyRange common = {visible_keys(shape, tile, group_row(tile) + 63).first,
                                  visible_keys(shape, tile, group_row(tile)).last};
+        const float slope = kBent ? alibi_slope(args.bend, shape, tile, tile.head) : 0.f;
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) output[i] = 0.f;
 
@@ -104,6 +106,7 @@ struct AttentionFwdConsumer {
         wgmma_wait<0>();
         pin(scores);
         release(shared.k_empty, k_place);
+        bend(blocks.end - 1, tile, slope);
         mask(blocks.end - 1, keys, common);
         softmax.update(scores);
         pack<T>(probabilities, scores);
@@ -119,6 +122,7 @@ struct AttentionFwdConsumer {
             wgmma_wait<1>();
             pin(scores);
             release(shared.k_empty, k_place);
+            bend(n, tile, slope);
             mask(n, keys, common);
             const bool rescale = softmax.update(scores);
             wgmma_wait<0>();
@@ -167,6 +171,14 @@ struct AttentionFwdConsumer {
     GK_DEVICE void pass_turn() {
         if constexpr (Traits::kPingpong)
             named_barrier_arrive(kTurn + (group + 1 == Traits::kConsumers ? 0 : group + 1), 2 * kWarpgroup);
+    }
+
+    GK_DEVICE void bend(int n, const AttentionTile& tile, float slope) {
+        if constexpr (kBent) {
+            cap_scores<T>(scores, args.bend);
+            const int first = thread_row(tile) + tile.k_len - tile.q_len - n * Traits::kBlockN - lane % 4 * 2;
+            subtract_distances(scores, slope, {float(first), float(first + 8)});
+        }
     }
 
     GK_DEVICE void mask(int n, const KeyRange (&keys)[2], KeyRange common) {

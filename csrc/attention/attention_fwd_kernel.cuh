@@ -55,7 +55,7 @@ GK_DEVICE void attention_fwd_produce(const AttentionFwdArguments& args,
     if (leader) leave_tile_counter(args.params.tile_counter);
 }
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, bool kBent>
 __global__ void __launch_bounds__(AttentionFwdTraits<HeadDim>::kThreads, 1)
     attention_fwd_kernel(const __grid_constant__ AttentionFwdArguments args) {
     using Traits = AttentionFwdTraits<HeadDim>;
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(AttentionFwdTraits<HeadDim>::kThreads, 1)
         if (warp == 0) attention_fwd_produce<HeadDim>(args, shared);
     } else {
         take_registers<Traits::kConsumerRegisters>();
-        AttentionFwdConsumer<T, HeadDim>{args, shared, warp / 4 - 1}.run();
+        AttentionFwdConsumer<T, HeadDim, kBent>{args, shared, warp / 4 - 1}.run();
     }
 }
 
-template <class T, int HeadDim>
+template <class T, int HeadDim, bool kBent>
 void attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream) {
     using Traits = AttentionFwdTraits<HeadDim>;
     const AttentionShape& shape = params.shape;
@@ -95,7 +95,8 @@ void attention_fwd_launch(const AttentionFwdParams& params, cudaStream_t stream)
     args.params = params;
     args.order = attention_tile_order(shape, shape.heads, shape.q_len, Traits::kBlockM, false,
                                       int64_t(shape.k_len) * HeadDim * 4 * shape.kv_heads / shape.heads, true);
+    args.bend = attention_bend<T>(shape);
     const unsigned ctas = unsigned(args.order.tiles < params.sm_count ? args.order.tiles : params.sm_count);
-    launch<attention_fwd_kernel<T, HeadDim>>("attention_fwd_kernel",
-                                             {ctas, Traits::kThreads, sizeof(typename Traits::Shared), stream}, args);
+    launch<attention_fwd_kernel<T, HeadDim, kBent>>(
+        "attention_fwd_kernel", {ctas, Traits::kThreads, sizeof(typename Traits::Shared), stream}, args);
 }

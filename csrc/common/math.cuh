@@ -15,4 +15,10 @@ GK_DEVICE float exp2_approx(float x) {
     return y;
 }
 
+GK_DEVICE float tanh_approx(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 constexpr float kLog2E = 1.44269504088896f;

@@ -22,9 +22,6 @@ def unsupported(call: AttentionCall) -> str | None:
         return f"takes float16 and bfloat16, not {q.dtype}"
     if call.dropout > 0:
         return "has no dropout"
-    for name in ("softcap", "alibi_slopes"):
-        if getattr(call, name) is not None:
-            return f"has no {name}"
     if q.shape[-1] % 8:
         return f"takes head sizes that are multiples of 8, not {q.shape[-1]}"
     if max(x.shape[-2 if x.ndim == 4 else 0] for x in (q, k)) > MAX_TOKENS:
@@ -48,16 +45,16 @@ def describe(call: AttentionCall) -> str:
 
 
 # What only some calls have
-VARIABLES = ("key_start", "cu_seqlens", "cu_seqlens_k")
+VARIABLES = ("key_start", "cu_seqlens", "cu_seqlens_k", "alibi_slopes")
 
 
 def variables(call: AttentionCall) -> tuple[Tensor | None, ...]:
-    return call.key_start, call.cu_seqlens, call.cu_seqlens_k
+    return call.key_start, call.cu_seqlens, call.cu_seqlens_k, call.alibi_slopes
 
 
 def shape_numbers(call: AttentionCall) -> dict:
     """csrc/attention/attention.h's AttentionShape"""
-    q, k = call.q, call.k
+    q, k, slopes = call.q, call.k, call.alibi_slopes
     batch, q_len, k_len = q.shape[0], q.shape[-2], k.shape[-2]
     if call.cu_seqlens is not None:
         batch, q_len, k_len = call.cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0]
@@ -72,6 +69,8 @@ def shape_numbers(call: AttentionCall) -> dict:
         "left": left,
         "right": right,
         "scale": call.scale,
+        "softcap": call.softcap or 0.0,
+        "slope_stride": 0 if slopes is None or slopes.ndim == 1 else slopes.stride(0),
     }
 
 
