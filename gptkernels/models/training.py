@@ -159,7 +159,7 @@ class Trainer:
         assert isinstance(gpt, GPT)
         self.gpt = gpt
         self.config = self.gpt.config
-        self.accumulate = options.accumulate(self.workers.world)
+        self.accumulate = options.accumulate(self.workers.data_parallel)
         self.dtype = getattr(torch, options.dtype)
         self.model = self.workers.wrap(model, list(self.gpt.blocks), self.dtype)
         if options.compile:
@@ -222,7 +222,7 @@ class Trainer:
         options, workers = self.options, self.workers
         batch = workers.own_rows(self.data.batch(self.step, options.batch, options.seed))
         seen = batch["tokens"].numel()
-        torch.manual_seed(((options.seed * 1_000_003 + self.step) * 65_537 + workers.rank) % 2**63)
+        torch.manual_seed(((options.seed * 1_000_003 + self.step) * 65_537 + workers.own_data) % 2**63)
         total, small = torch.zeros((), device=workers.device), None
         for number, micro in enumerate(micro_batches(batch, self.accumulate)):
             with workers.micro_batch(self.model, last=number == self.accumulate - 1):
@@ -243,7 +243,7 @@ class Trainer:
         loss = workers.mean(total)
         bad = torch.where((loss + norm).isfinite(), NEVER, self.step + 1)
         self.diverged = torch.minimum(self.diverged, bad)
-        return loss, norm, seen * workers.world
+        return loss, norm, seen * workers.shares
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         device = self.workers.device
@@ -255,7 +255,7 @@ class Trainer:
 
     def measure_noise(self, seen: int, small: Tensor, norm: Tensor) -> None:
         """seen: tokens of this worker's step, small, norm: () of the first micro-batch's gradient and of the step's"""
-        workers, big = self.workers, seen * self.workers.world
+        workers, big = self.workers, seen * self.workers.shares
         # The first micro-batch's gradient is each worker's own under DDP, and already everybody's mean under FSDP.
         first = big // self.accumulate if workers.kind == "fsdp" else seen // self.accumulate
         self.noise.update(first, workers.mean(small.square()), big, norm.square())
