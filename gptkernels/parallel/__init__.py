@@ -1,12 +1,16 @@
 """One model over many processes, on torch.distributed's own meshes."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Where each name lives. It is imported when it is first used: the models ask this package which shard they have, and
-# some of what is here takes models apart.
-_HOMES: dict[str, str] = {}
-__all__: list[str] = []
+if TYPE_CHECKING:
+    from .scope import context
+    from .sequence import gather_sequence, shard_sequence
+
+# Where each name lives, in modules of other names: importing one would put it in the name's place. It is
+# imported when it is first used: the models ask this package which shard they have, and some of it takes them apart.
+_HOMES = {"context": "scope", "gather_sequence": "sequence", "shard_sequence": "sequence"}
+__all__ = ["context", "gather_sequence", "shard_sequence"]
 
 
 def __getattr__(name: str) -> Any:
