@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..failures import UsageError
 from ..parallel.mesh import KINDS, Split, data_mesh, device_mesh, parse
+from ..parallel.scope import context
+from ..parallel.sequence import shard_sequence
 
 __all__ = ["KINDS", "Workers"]
 
@@ -62,6 +64,11 @@ class Workers:
         return self.split.sizes()[0]
 
     @property
+    def context_parallel(self) -> int:
+        """How many workers cut a sequence between them"""
+        return self.split.sizes()[1]
+
+    @property
     def shares(self) -> int:
         """How many workers have data of their own: rows, or a part of a sequence"""
         dp, cp, _ = self.split.sizes()
@@ -98,9 +105,19 @@ class Workers:
             fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
 
-    def own_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This worker's share of a batch, which all of them have drawn alike."""
-        return {name: x.chunk(self.data_parallel)[self.places[0]] for name, x in batch.items()}
+    def own_share(self, batch: dict[str, Tensor], layout: str = "contiguous") -> dict[str, Tensor]:
+        """This worker's rows of a batch, which all of them have drawn alike, and of those its shard of the tokens.
+        batch: (rows, ...), where sequences are cut (rows, tokens)"""
+        rows = {name: x.chunk(self.data_parallel)[self.places[0]] for name, x in batch.items()}
+        if self.mesh is None or self.context_parallel == 1:
+            return rows
+        return {name: shard_sequence(x, self.mesh["cp"], 1, layout) for name, x in rows.items()}
+
+    def cutting(self, layout: str) -> AbstractContextManager:
+        """In which the model's tokens are this worker's shard"""
+        if self.mesh is None or self.context_parallel == 1:
+            return nullcontext()
+        return context(self.mesh["cp"], layout)
 
     def micro_batch(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """DDP sums the gradients of all workers once per step; FSDP has no room to wait."""
