@@ -63,7 +63,7 @@ def train(console: Console, options: Namespace, workers: Workers) -> int:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        rows = settings.batch // workers.world // trainer.accumulate
+        rows = settings.batch // workers.data_parallel // trainer.accumulate
         where = {"mixed": settings.dtype == "bfloat16", "on_cpu": workers.device.type == "cpu"}
         needed = cost.training_memory(config, rows * trainer.data.length, **where).total
         raise MemoryError(

@@ -6,9 +6,9 @@ from dataclasses import fields
 from .. import arguments
 from ..arguments import number, whole
 from ..failures import UsageError
+from ..parallel import mesh
 from .config import PRESETS, GPTConfig
 from .finetune import TASKS
-from .parallel import KINDS
 from .training import TrainOptions
 
 # Not a published one: what a laptop trains in a minute.
@@ -60,7 +60,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     training.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU")
     training.add_argument("--compile", action="store_true", default=None, help="torch.compile")
     add("seed", arguments.seed)
-    training.add_argument("--parallel", default="none", choices=KINDS, help="under torchrun")
+    training.add_argument(
+        "--parallel", default="none", type=mesh.accepted, metavar="HOW", help=f"under torchrun: {mesh.ACCEPTED}"
+    )
     training.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
     output = parser.add_argument_group("output")
