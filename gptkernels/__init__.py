@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import flash_attn, hf, nn, swap
+    from . import flash_attn, hf, nn, parallel, swap
     from .dispatch import UnsupportedError, explain
     from .models import GPT, GPTConfig
     from .ops.attention import attention, decode_attention
@@ -41,6 +41,7 @@ __all__ = [
     "linear_log_probs",
     "mlp",
     "nn",
+    "parallel",
     "rms_norm",
     "rope",
     "swap",

@@ -5,8 +5,8 @@ from typing import Any
 
 # Where each name lives. It is imported when it is first used: the models ask this package which shard they have, and
 # some of what is here takes models apart.
-_HOMES: dict[str, str] = {}
-__all__: list[str] = []
+_HOMES: dict[str, str] = {"tensor": "tensor_parallel"}
+__all__: list[str] = ["tensor"]
 
 
 def __getattr__(name: str) -> Any:
