@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..failures import UsageError
 from ..parallel.mesh import KINDS, Split, data_mesh, device_mesh, parse
+from ..parallel.tensor_parallel import in_model_order, in_rank_order, tensor
+from .gpt import GPT
 
 __all__ = ["KINDS", "Workers"]
 
@@ -84,6 +86,8 @@ class Workers:
         model = model.to(self.device)
         if self.mesh is None:
             return model
+        if self.split.tp != 1:
+            model = self.cut(model)
         mesh = data_mesh(self.mesh)
         if self.kind == "ddp" and mesh.size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -97,6 +101,20 @@ class Workers:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
+
+    def cut(self, model: nn.Module) -> nn.Module:
+        """Its layers between the workers along tp"""
+        assert self.mesh is not None
+        if self.kind == "ddp" and self.shares > 1:
+            raise UsageError(f"--parallel {self.split.text} must be fsdp,...: ddp has no room for cut parameters")
+        if not isinstance(model, GPT):
+            raise UsageError(
+                f"--parallel {self.split.text} must have no tp for --task, which tensor parallelism has not"
+            )
+        try:
+            return tensor(model, self.mesh["tp"])
+        except ValueError as error:
+            raise UsageError(f"--parallel {self.split.text}: {error}") from None
 
     def own_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This worker's share of a batch, which all of them have drawn alike."""
@@ -119,7 +137,10 @@ class Workers:
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
         """-> whole state dicts on the CPU, the same for every kind; all workers call it, the first one gets them"""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+        weights = get_model_state_dict(model, options=options)
+        moments = get_optimizer_state_dict(model, optimizer, options=options)
+        return in_model_order(model, weights), moments | {"state": in_model_order(model, moments["state"])}
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        state = state | {"state": in_rank_order(model, state["state"])}
         set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))

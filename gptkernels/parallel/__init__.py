@@ -1,12 +1,22 @@
 """One model over many processes, on torch.distributed's own meshes."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Where each name lives. It is imported when it is first used: the models ask this package which shard they have, and
-# some of what is here takes models apart.
-_HOMES: dict[str, str] = {"tensor": "tensor_parallel"}
-__all__: list[str] = ["tensor"]
+if TYPE_CHECKING:
+    from .scope import context
+    from .sequence import gather_sequence, shard_sequence
+    from .tensor_parallel import tensor
+
+# Where each name lives, in modules of other names: importing one would put it in the name's place. It is
+# imported when it is first used: the models ask this package which shard they have, and some of it takes them apart.
+_HOMES = {
+    "context": "scope",
+    "gather_sequence": "sequence",
+    "shard_sequence": "sequence",
+    "tensor": "tensor_parallel",
+}
+__all__ = ["context", "gather_sequence", "shard_sequence", "tensor"]
 
 
 def __getattr__(name: str) -> Any:

@@ -105,13 +105,13 @@ def local(parameter: Any) -> Any:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def in_model_order(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """state: whole tensors by the names of parameters, as they are gathered from a cut model -> as one process has
-    them"""
+def in_model_order(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """state: whole tensors, or dicts of them, by the names of parameters, as they are gathered from a cut model -> as
+    one process has them"""
     return reordered(state, {name: torch.argsort(order) for name, order in orders(model).items()})
 
 
-def in_rank_order(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_rank_order(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """What in_model_order undoes"""
     return reordered(state, orders(model))
 
@@ -122,5 +122,10 @@ def orders(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{key}": order for path, order in packed.items() for key in ("weight", "bias")}
 
 
-def reordered(state: dict[str, Tensor], orders: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x[orders[name].to(x.device)] if name in orders and x.ndim else x for name, x in state.items()}
+def reordered(state: dict[str, Any], orders: dict[str, Tensor]) -> dict[str, Any]:
+    def rows(x: Any, order: Tensor) -> Any:
+        if isinstance(x, dict):
+            return {key: rows(part, order) for key, part in x.items()}
+        return x[order.to(x.device)] if isinstance(x, Tensor) and x.ndim else x
+
+    return {name: rows(x, orders[name]) if name in orders else x for name, x in state.items()}

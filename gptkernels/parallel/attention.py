@@ -1,0 +1,220 @@
+"""Attention of a sequence that is cut between ranks: each has the queries, keys and values of its shard.
+
+A banded layer's queries see only the keys next to their shard, which neighbours send while the queries that need none
+of them are computed. A dense layer's see all, which are gathered, or go around in a ring (ring.py) where they would be
+too many to hold. Every query is then one of the usual kernels' own: their last query is at their last key.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops.attention import attention
+from ..ops.attention.op import padded_heads
+from ..ops.attention.outputs import empty_in_order_of
+from ..ops.attention.visibility import Window, sides
+from ..ops.autocast import autocast
+from ..ops.checks import check_bounds
+from . import calls, gather
+from .calls import Options, PartCall
+from .exchange import Blocks, return_gradients, send_keys, zeros
+from .layout import Plan, plan_of
+from .shards import Shard
+
+
+def shard_attention(
+    shard: Shard,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: Window = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key_start: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """As gptkernels.attention of the whole sequence, of which q, k, v and the result are this rank's shard. key_start,
+    cu_seqlens and alibi_slopes are those of the whole."""
+    q, k, v = autocast(q, k, v)
+    attention.prepare(
+        q, k, v, causal=causal, window=window, scale=scale, dropout=dropout, key_start=key_start,
+        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
+        return_lse=return_lse, deterministic=deterministic, backend=backend,
+    ).check()  # fmt: skip
+    packed = cu_seqlens is not None
+    tokens = q.shape[0 if packed else 2]
+    check_inside(q, k, tokens, dropout, cu_seqlens_k)
+    if tokens % (shard.layout.pieces // shard.size):
+        raise ValueError(f"q must have an even number of tokens with layout='zigzag', not {tokens}")
+    whole = tokens * shard.size
+    left, right = (None if side is None or side >= whole - 1 else side for side in sides(causal, window))
+    options = Options(
+        causal,
+        (left, right),
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap,
+        key_start,
+        alibi_slopes if alibi_slopes is None else alibi_slopes.contiguous(),
+        packed,
+        deterministic,
+        backend,
+    )
+    bounds = (0, whole) if cu_seqlens is None else tuple(check_bounds(cu_seqlens, whole))
+    plan = plan_of(shard.layout, shard.rank, tokens, bounds, left, right)
+    # Of documents, nobody needs all that a gather would bring.
+    dense = (left is None or right is None) and not packed and shard.size > 1
+    job = Job(shard, plan, calls.calls_of(plan.parts, plan.spans, options), options, dense)
+    out, lse = ShardAttentionFunction.apply(job, *padded_heads(q, k, v), sinks)
+    out = out[..., : q.shape[-1]]
+    return (out, lse) if return_lse else out
+
+
+def check_inside(q: Tensor, k: Tensor, tokens: int, dropout: float, cu_seqlens_k: Tensor | None) -> None:
+    where = "inside gptkernels.parallel.context"
+    if cu_seqlens_k is not None:
+        raise ValueError(f"cu_seqlens_k must be None {where}: queries and keys are cut alike")
+    if k.shape[0 if k.ndim == 3 else 2] != tokens:
+        raise ValueError(
+            f"k must have q's {tokens} tokens {where}, where both are a shard of one sequence, not {k.shape[-2]}"
+        )
+    if dropout:
+        raise ValueError(f"dropout must be 0 {where}, not {dropout}: kernels count its rows from the shard's first")
+
+
+class Job(NamedTuple):
+    shard: Shard
+    plan: Plan
+    calls: list[PartCall]
+    options: Options
+    dense: bool
+
+    def own(self, k: Tensor, v: Tensor) -> Blocks:
+        blocks = Blocks(self.options.dim)
+        blocks.add(self.plan.spans, k, v)
+        return blocks
+
+    def whole(self) -> tuple[int, int]:
+        return 0, self.shard.size * sum(stop - start for start, stop in self.plan.spans)
+
+    def is_here(self, call: PartCall) -> bool:
+        """Whether this rank has every key of it itself"""
+        a, b = call.part.keys
+        return any(start <= a and b <= stop for start, stop in self.plan.spans)
+
+
+class ShardAttentionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, job, q, k, v, sinks):
+        # The kernels' results are read back only where they are rows of the shard's.
+        out = empty_in_order_of(q)
+        shape = q.shape[:-1] if q.ndim == 4 else (q.shape[1], q.shape[0])
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        others = (forward_dense if job.dense else forward_near)(job, q, k, v, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *others)
+        ctx.job = job
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        q, k, v, sinks, out, lse, *others = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        with torch.autocast(q.device.type, enabled=False):
+            run = Backward(ctx.job, dout, dlse, q, sinks, out, lse)
+            dk, dv = (backward_dense if ctx.job.dense else backward_near)(run, k, v, others)
+        return None, run.dq, dk, dv, run.dsinks
+
+
+def forward_near(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+    """Keys come from the ranks that have them, and only those that are seen. -> what arrived"""
+    blocks = job.own(k, v)
+    messages = send_keys(job.shard, job.plan, blocks, k)
+    for call in job.calls:
+        if job.is_here(call):
+            calls.forward(call, q, blocks.read(call.part.keys), sinks, out, lse)
+    arrived = messages.finish()
+    for spans, message in arrived:
+        blocks.add(spans, *message)
+    for call in job.calls:
+        if not job.is_here(call):
+            calls.forward(call, q, blocks.read(call.part.keys), sinks, out, lse)
+    return [message for _, message in arrived]
+
+
+def forward_dense(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+    """All keys come to everybody. -> them: (2, ...)"""
+    keys = gather.gathered(job.shard, torch.stack((k, v)), job.options.dim + 1)
+    blocks = Blocks(job.options.dim)
+    blocks.add((job.whole(),), *keys)
+    for call in job.calls:
+        calls.forward(call, q, blocks.read(call.part.keys), sinks, out, lse)
+    return [keys]
+
+
+class Backward:
+    """What the parts of a backward pass share, and add to"""
+
+    def __init__(self, job: Job, dout, dlse, q, sinks, out, lse):
+        self.job, self.given = job, (dout, dlse, q)
+        self.sinks, self.out, self.lse = sinks, out, lse
+        self.dq = empty_in_order_of(q)
+        self.dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
+
+    def part(self, call: PartCall, blocks: Blocks, sums: Blocks) -> None:
+        dout, dlse, q = self.given
+        keys = blocks.read(call.part.keys)
+        dk, dv, dsinks = calls.backward(call, dout, dlse, q, keys, self.sinks, self.out, self.lse, self.dq)
+        sums.accumulate(call.part.keys, dk, dv)
+        if self.dsinks is not None and dsinks is not None:
+            self.dsinks += dsinks
+
+
+def backward_near(run: Backward, k: Tensor, v: Tensor, arrived: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The parts with keys of others first: their gradients travel while the rest is computed"""
+    job, dim = run.job, run.job.options.dim
+    blocks, sums = job.own(k, v), Blocks(dim)
+    dk, dv = zeros(job.plan.spans, k, dim)
+    sums.add(job.plan.spans, dk, dv)
+    for (_, spans), message in zip(job.plan.receives, arrived, strict=True):
+        blocks.add(spans, *message)
+        sums.add(spans, *zeros(spans, k, dim))
+    for call in job.calls:
+        if not job.is_here(call):
+            run.part(call, blocks, sums)
+    messages = return_gradients(job.shard, job.plan, sums, k)
+    for call in job.calls:
+        if job.is_here(call):
+            run.part(call, blocks, sums)
+    for spans, message in messages.finish():
+        at = 0
+        for span in spans:
+            n = span[1] - span[0]
+            sums.accumulate(span, message[0].narrow(dim, at, n), message[1].narrow(dim, at, n))
+            at += n
+    return dk.to(k.dtype), dv.to(v.dtype)
+
+
+def backward_dense(run: Backward, k: Tensor, v: Tensor, gathered: list[Tensor]) -> tuple[Tensor, Tensor]:
+    job, dim = run.job, run.job.options.dim
+    blocks, sums = Blocks(dim), Blocks(dim)
+    blocks.add((job.whole(),), *gathered[0])
+    total = torch.zeros_like(gathered[0], dtype=torch.float32)
+    sums.add((job.whole(),), *total)
+    for call in job.calls:
+        run.part(call, blocks, sums)
+    own = gather.summed(job.shard, total, dim + 1, k.dtype)
+    return own[0].to(k.dtype), own[1].to(v.dtype)

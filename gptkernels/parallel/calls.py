@@ -1,0 +1,140 @@
+"""Attention of a part of a shard's queries: one call of the usual kernels, forward and backward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import checked, select
+from ..ops.attention import attention
+from .layout import Part, Span
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What all parts of a call of attention share; tensors are of the whole sequence. window: (left, right)"""
+
+    causal: bool
+    window: tuple[int | None, int | None]
+    scale: float
+    softcap: float | None
+    key_start: Tensor | None
+    slopes: Tensor | None
+    packed: bool
+    deterministic: bool
+    backend: str
+
+    @property
+    def dim(self) -> int:
+        """Of the tokens in q, k and v"""
+        return 0 if self.packed else 2
+
+    def place_matters(self) -> bool:
+        """Whether a key after the last query changes what the others see"""
+        return self.window != (None, None) or self.slopes is not None
+
+
+@dataclass(frozen=True, eq=False)
+class PartCall:
+    """The queries of one part of a shard, and where they are in it."""
+
+    part: Part
+    first: int  # of the queries, in the shard
+    options: Options
+
+    @property
+    def count(self) -> int:
+        return self.part.queries[1] - self.part.queries[0]
+
+    @property
+    def ahead(self) -> int:
+        """Keys after the last query. The kernels have the last query at the last key, so as many queries of nothing
+        follow it."""
+        after = self.part.keys[1] - self.part.queries[1]
+        return after if after > 0 and self.options.place_matters() else 0
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x: q, out or their gradients of the shard -> those of the part"""
+        return x.narrow(self.options.dim, self.first, self.count)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """x: of the shard -> of the part, with zeros for the queries of nothing"""
+        x = self.queries(x)
+        if not self.ahead:
+            return x
+        return F.pad(x, (0, 0, 0, 0, 0, self.ahead) if self.options.packed else (0, 0, 0, self.ahead))
+
+    def padded_lse(self, lse: Tensor) -> Tensor:
+        """lse: (B, H, T) or packed (H, T) -> of the part, infinite for the queries of nothing, where no key weighs"""
+        lse = lse.narrow(-1, self.first, self.count)
+        return F.pad(lse, (0, self.ahead), value=torch.inf) if self.ahead else lse.contiguous()
+
+    def prepared(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, seed: Tensor | None) -> tuple[Any, Any]:
+        """q: of the shard, k, v: of the part's keys -> kernels, record"""
+        options = self.options
+        more: dict[str, Any] = {}
+        start, stop = self.part.keys
+        slopes = options.slopes
+        if options.packed:
+            ends = (*self.part.bounds[:-1], self.part.bounds[-1] + self.ahead)
+            more["cu_seqlens"] = on_device(ends, q.device)
+            more["cu_seqlens_k"] = on_device(self.part.key_bounds, q.device)
+            if slopes is not None and slopes.ndim == 2:
+                slopes = slopes[slice(*self.part.documents)]
+        elif options.key_start is not None:
+            more["key_start"] = (options.key_start - start).clamp(0, stop - start)
+        call = attention.prepare(
+            self.padded(q), k, v, causal=options.causal, window=options.window, scale=options.scale,
+            softcap=options.softcap, sinks=sinks, alibi_slopes=slopes, deterministic=options.deterministic,
+            backend=options.backend, return_lse=True, **more,
+        )  # fmt: skip
+        record: Any = checked(call)
+        record.seed = seed
+        return select(call, record), record
+
+
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def calls_of(parts: tuple[Part, ...], spans: tuple[Span, ...], options: Options) -> list[PartCall]:
+    """spans: of the shard"""
+    found, before = [], 0
+    for span in spans:
+        inside = [part for part in parts if span[0] <= part.queries[0] < span[1]]
+        found += [PartCall(part, before + part.queries[0] - span[0], options) for part in inside]
+        before += span[1] - span[0]
+    return found
+
+
+def forward(call: PartCall, q: Tensor, keys: tuple[Tensor, Tensor], sinks: Tensor | None, out: Tensor, lse: Tensor):
+    """Fills in the part's rows of out and lse"""
+    kernels, record = call.prepared(q, *keys, sinks, None)
+    found, found_lse = kernels.attention_fwd(record)
+    call.queries(out).copy_(found.narrow(call.options.dim, 0, call.count))
+    lse.narrow(-1, call.first, call.count).copy_(found_lse.narrow(-1, 0, call.count))
+
+
+def backward(
+    call: PartCall,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    keys: tuple[Tensor, Tensor],
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fills in the part's rows of dq; -> dk, dv, dsinks of it. out, lse: of the shard, over all of its keys"""
+    kernels, record = call.prepared(q, *keys, sinks, None)
+    if dlse is not None:
+        dlse = dlse.narrow(-1, call.first, call.count)
+        dlse = F.pad(dlse, (0, call.ahead)).contiguous()
+    found, dk, dv, dsinks = kernels.attention_bwd(
+        record, call.padded(dout), call.padded(out), call.padded_lse(lse), dlse
+    )
+    call.queries(dq).copy_(found.narrow(call.options.dim, 0, call.count))
+    return dk, dv, None if sinks is None else dsinks

@@ -1,0 +1,77 @@
+"""Which shard of the sequence this process has, inside gptkernels.parallel.context: what the ops and the models ask."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .layout import LAYOUTS, Layout, Span
+
+METHODS = ("auto", "gather", "ring")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank `rank` of the processes that cut a sequence between them."""
+
+    group: Any  # a ProcessGroup
+    rank: int
+    layout: Layout
+    method: str = "auto"  # how dense attention gets its keys
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    def spans(self, tokens: int) -> tuple[Span, ...]:
+        """tokens: of the shard"""
+        return self.layout.spans(self.rank, tokens)
+
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """-> (tokens,) int64, of the shard's tokens in the whole sequence"""
+        spans = self.spans(tokens)
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
+
+    @torch.compiler.disable
+    def total(self, x: Tensor) -> Tensor:
+        """x: the same shape on every rank, without a gradient -> its sum over them"""
+        x = x.clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+def shard_of(mesh, layout: str, method: str = "auto") -> Shard:
+    """mesh: a DeviceMesh of one dimension; its checks, and those of the other arguments"""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f'mesh must be a DeviceMesh of one dimension, such as mesh["cp"], not {type(mesh).__name__}')
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must be a DeviceMesh of one dimension, not {mesh.ndim}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    return Shard(mesh.get_group(), mesh.get_local_rank(), Layout(mesh.size(), layout), method)
+
+
+@dataclass
+class State:
+    """Of this process: a backward pass runs in threads of autograd's own, which have to see the same."""
+
+    shard: Shard | None = field(default=None)
+
+
+_state = State()
+
+
+def current() -> Shard | None:
+    """The shard that this process has inside a context; None outside"""
+    return _state.shard
+
+
+def become(shard: Shard | None) -> Shard | None:
+    """-> what it was before"""
+    before, _state.shard = _state.shard, shard
+    return before
