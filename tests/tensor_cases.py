@@ -10,10 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from parity import check
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkernels as gk
+from gptkernels.models import checkpoint
+from gptkernels.models.data import Text
+from gptkernels.models.parallel import Workers
 from gptkernels.models.plain import plain_twin
+from gptkernels.models.training import Trainer, TrainOptions
 from gptkernels.parallel import tensor_collectives, vocabulary
 from gptkernels.parallel.tensor_parallel import in_model_order
 
@@ -194,7 +199,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for each in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(each, Tensor) and not func.is_view:
+            # A DTensor is one in name only: its ops on parts come here as well.
+            if isinstance(each, Tensor) and not isinstance(each, DTensor) and not func.is_view:
                 self.elements = max(self.elements, each.numel())
         return out
 
@@ -269,3 +275,24 @@ def refused_twice() -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+TRAINED = {"vocabulary": 64, "context": 32, "width": 64, "heads": 4, "layers": 2, "pattern": ("dense", "banded")}
+
+
+def trained(parallel: str, out: str | None, config: dict, resume: bool = False) -> list[float]:
+    """-> the losses of a run, which goes on from the checkpoint in `out`"""
+    torch.manual_seed(0)
+    model = gk.GPT(gk.GPTConfig(**{**TRAINED, "window": 8, **config}))
+    state = checkpoint.load(out) if resume else None
+    if state is not None:
+        model.load_state_dict(state["model"])
+    workers = Workers(parallel, "cpu")
+    options = TrainOptions(
+        steps=30 if resume else 20, batch=8, micro_batch=2, learning_rate=3e-3, warmup=5, log_every=1
+    )
+    tokens = torch.arange(5000).remainder(13).mul(5).remainder(64).numpy()
+    trainer = Trainer(model, Text(tokens, 32, 64), options, workers=workers, out=out)
+    if state is not None:
+        trainer.resume(state)
+    return [record.loss for record in trainer.train()]

@@ -2,7 +2,10 @@
 
 import pytest
 import tensor_cases as cases
+import torch
 from gang import Gang
+
+from gptkernels.models import checkpoint
 
 WIDTH, ROWS = cases.SIZES["width"], cases.ROWS * cases.TOKENS
 HALF = ["gpt2", "albert", "llama"]
@@ -96,6 +99,42 @@ def test_dropout_of_cut_rows_makes_one_loss(two):
 def test_masks_of_heads_differ(two):
     first, second = two.run("tensor_cases:mask_of_attention")
     assert first != second
+
+
+ODD = {
+    "vocabulary": 67,
+    "norm": "rms",
+    "rotary": 1e4,
+    "kv_heads": 2,
+    "gated": True,
+    "activation": "silu",
+    "bias": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "config"),
+    [("tp=4", {}), ("fsdp,tp=2", {}), ("fsdp,tp=2", ODD | {"tied": False}), ("fsdp,tp=2", {"norm": "post"})],
+)
+def test_training_is_one_process_s(four, tmp_path, parallel, config):
+    """Twenty steps, and ten more from the checkpoint; that one loads in one process, which goes on alike."""
+    one, several = str(tmp_path / "one"), str(tmp_path / "several")
+    for resume in (False, True):
+        expected = cases.trained("none", one, config, resume)
+        for losses in four.run("tensor_cases:trained", parallel, several, config, resume):
+            assert losses == pytest.approx(expected, rel=2e-5)
+        assert expected[-1] < expected[0] - (0 if resume else 1), "a model that stands still proves nothing"
+    state, other = (checkpoint.load(folder) for folder in (one, several))
+    assert state["config"] == other["config"]
+    for name, weight in state["model"].items():
+        torch.testing.assert_close(other["model"][name], weight, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            other["optimizer"]["state"][name]["exp_avg"],
+            state["optimizer"]["state"][name]["exp_avg"],
+            atol=1e-4,
+            rtol=0.01,
+        )
+    assert checkpoint.load_model(several)[0].parameter_count() == sum(x.numel() for x in state["model"].values())
 
 
 def test_refusals_name_the_numbers(four):

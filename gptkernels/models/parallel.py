@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..failures import UsageError
 from ..parallel.mesh import KINDS, Split, data_mesh, device_mesh, parse
@@ -139,8 +140,26 @@ class Workers:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=options)
         moments = get_optimizer_state_dict(model, optimizer, options=options)
-        return in_model_order(model, weights), moments | {"state": in_model_order(model, moments["state"])}
+        if "state" in moments:  # as it is on the first worker
+            moments["state"] = in_model_order(model, moments["state"])
+        return in_model_order(model, weights), moments
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        state = state | {"state": in_rank_order(model, state["state"])}
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        if self.split.tp != 1:
+            # torch scatters whole tensors to parts of the same size, which those of a vocabulary need not be.
+            options = StateDictOptions()
+            state = state | {"state": as_parameters(model, in_rank_order(model, state["state"]))}
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def as_parameters(model: nn.Module, moments: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """moments: whole, by the names of parameters -> cut as those are, by what each worker has at hand"""
+
+    def part(x: Tensor, like: Tensor) -> Tensor:
+        if not x.ndim or not isinstance(like, DTensor):
+            return x
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    parameters = dict(model.named_parameters())
+    return {name: {key: part(x, parameters[name]) for key, x in each.items()} for name, each in moments.items()}
