@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -139,7 +140,7 @@ class Workers:
         """-> whole state dicts on the CPU, the same for every kind; all workers call it, the first one gets them"""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=options)
-        moments = get_optimizer_state_dict(model, optimizer, options=options)
+        moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
         if "state" in moments:  # as it is on the first worker
             moments["state"] = in_model_order(model, moments["state"])
         return in_model_order(model, weights), moments
