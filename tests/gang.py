@@ -21,11 +21,11 @@ TIMEOUT_S = 60.0
 
 
 class GangError(AssertionError):
-    """errors: by rank, what was raised or how the process ended; None where all was well"""
+    """errors: by rank, what was raised or how the process ended; None where all was well. results: of those"""
 
-    def __init__(self, errors: list[str | None]):
+    def __init__(self, errors: list[str | None], results: list[Any]):
         super().__init__("\n".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error))
-        self.errors = errors
+        self.errors, self.results = errors, results
 
 
 class Gang:
@@ -98,7 +98,7 @@ class Gang:
         if not alive:
             self.close()
         if any(errors):
-            raise GangError(errors)
+            raise GangError(errors, results)
         return results
 
     def kill(self, rank: int) -> None:

@@ -47,7 +47,14 @@ DENSE = [
     {"cu_seqlens": [0, 40, 64], "layout": "zigzag"},
     {"cu_seqlens": [0, 7, 9, 64], "causal": False, "dtype": "bfloat16"},
 ]
+RING = [
+    {},
+    {"dtype": "bfloat16", "layout": "zigzag"},
+    {"causal": False, "kv_heads": 1},
+    {"layout": "zigzag", "softcap": 5.0, "return_lse": True, "sinks": True, "key_start": [3, 50]},
+]
 CASES = [case | {"seed": number} for number, case in enumerate(BANDED + DENSE)]
+RING = [case | {"method": "ring", "seed": number} for number, case in enumerate(RING)]
 SIZES = (1, 2, 4, 8)
 
 
@@ -136,6 +143,16 @@ def assert_sends_all(case: dict, size: int, ranks: list[dict]) -> None:
         assert found["backward"] == {"all_to_all": whole * (size - 1) // size}
 
 
+def assert_sends_around(case: dict, size: int, ranks: list[dict]) -> None:
+    """A ring passes on as much as a gather brings; backward again, and the sums in float32, which come home besides."""
+    shape, _ = split_case(case)
+    shard = 2 * shape["batch"] * shape["tokens"] // size * shape["kv_heads"] * shape["size"]
+    keys = shard * getattr(torch, shape["dtype"]).itemsize * (size - 1)
+    for found in ranks:
+        assert found["forward"] == {"point_to_point": keys, "messages": size - 1}
+        assert found["backward"] == {"point_to_point": keys + shard * 4 * size, "messages": 2 * size - 1}
+
+
 def is_banded(case: dict) -> bool:
     left, right = sides(case.get("causal", True), case.get("window"))
     inside = [side is not None and side < SHAPE["tokens"] - 1 for side in (left, right)]
@@ -144,12 +161,15 @@ def is_banded(case: dict) -> bool:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_attention_equals_one_process(gangs, size):
-    ranks = gangs(size).run("context_cases:attention_of_shards", CASES)
-    for number, case in enumerate(CASES):
+    cases = CASES + RING
+    ranks = gangs(size).run("context_cases:attention_of_shards", cases)
+    for number, case in enumerate(cases):
         found = [rank[number] for rank in ranks]
         assert_equals_one_process(case, size, found)
         if size == 1:
             assert all(not rank["forward"] and not rank["backward"] for rank in found)
+        elif "method" in case:
+            assert_sends_around(case, size, found)
         elif is_banded(case):
             assert_sends_what_is_seen(case, size, found)
         else:

@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from ..nn import MLP, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm, rotary_tables
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp.reference import ACTIVATIONS
+from ..parallel import shards
 from . import generation, hf_weights
 from .config import GPTConfig
+
+# Of a position without a token to predict
+NO_TARGET = -100
 
 
 def make_norm(config: GPTConfig, width: int) -> LayerNorm | RMSNorm:
@@ -183,11 +187,16 @@ class GPT(nn.Module):
         -> (B, T, C), what the head reads
 
         cache: a generation.KVCache, which knows the tokens before these."""
-        check_tokens(tokens, self.config)
+        shard = shards.current()
+        check_tokens(tokens, self.config, 1 if shard is None else shard.size)
         if cache is not None:
+            shards.refuse("generation", "a cache holds whole sequences")
             positions = cache.positions(tokens)
         else:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            if shard is None:
+                positions = torch.arange(tokens.shape[1], device=tokens.device)
+            else:
+                positions = shard.positions(tokens.shape[1], tokens.device)
             if key_start is not None:
                 positions = (positions - key_start.unsqueeze(1)).clamp(min=0)
         x, residual = self.embedding(tokens, positions, token_types), None
@@ -241,7 +250,9 @@ class GPT(nn.Module):
 
         targets: (B, T) int64, the token to predict at each position, already shifted; -100 where there is none.
         order: (B,) int64 for the masked objective: 1 where the two segments were swapped; its loss is added.
-        reduction: "mean", "sum" or "none" -> (B, T)."""
+        reduction: "mean", "sum" or "none" -> (B, T).
+        Inside gptkernels.parallel.context all tokens are this rank's shard, and the mean over the ranks of the mean
+        loss is that of the whole."""
         hidden = self.hidden(tokens, key_start=key_start, token_types=token_types)
         if targets is None:
             return self.logits(hidden)
@@ -252,7 +263,9 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """hidden: (B, T, C), targets: (B, T)"""
-        return self.token_loss(*self.before_head(hidden), targets, reduction)
+        shard = shards.current() if reduction == "mean" else None
+        loss = self.token_loss(*self.before_head(hidden), targets, reduction if shard is None else "sum")
+        return loss if shard is None else shard.share_of_mean(loss, (targets != NO_TARGET).sum())
 
     def token_loss(self, x: Tensor, bias: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
         """x: (..., E), bias: (V,), targets: (...)"""
@@ -267,6 +280,7 @@ class GPT(nn.Module):
         """hidden: (B, T, C) -> (B, 2)"""
         if self.masked_head is None:
             raise ValueError('order needs a model with objective="masked"')
+        shards.refuse("order", "only one rank has a row's first token")
         if key_start is None:
             return self.masked_head.order_logits(hidden[:, 0])
         rows = torch.arange(hidden.shape[0], device=hidden.device)
@@ -289,8 +303,10 @@ class GPT(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def check_tokens(tokens: Tensor, config: GPTConfig) -> None:
+def check_tokens(tokens: Tensor, config: GPTConfig, shards_of_it: int = 1) -> None:
+    """shards_of_it: tokens are one of so many of a sequence"""
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have shape (B, T), not {tuple(tokens.shape)}")
-    if tokens.shape[1] > config.context:
-        raise ValueError(f"tokens must be at most the context of {config.context} long, not {tokens.shape[1]}")
+    length = tokens.shape[1] * shards_of_it
+    if length > config.context:
+        raise ValueError(f"tokens must be at most the context of {config.context} long, not {length}")

@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..failures import UsageError
 from ..parallel.mesh import KINDS, Split, data_mesh, device_mesh, parse
+from ..parallel.scope import context
+from ..parallel.sequence import shard_sequence
 from ..parallel.tensor_parallel import in_model_order, in_rank_order, tensor
 from .gpt import GPT
 
@@ -64,6 +66,11 @@ class Workers:
     def data_parallel(self) -> int:
         """How many shares a batch's rows are cut into"""
         return self.split.sizes()[0]
+
+    @property
+    def context_parallel(self) -> int:
+        """How many workers cut a sequence between them"""
+        return self.split.sizes()[1]
 
     @property
     def shares(self) -> int:
@@ -118,9 +125,19 @@ class Workers:
         except ValueError as error:
             raise UsageError(f"--parallel {self.split.text}: {error}") from None
 
-    def own_rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This worker's share of a batch, which all of them have drawn alike."""
-        return {name: x.chunk(self.data_parallel)[self.places[0]] for name, x in batch.items()}
+    def own_share(self, batch: dict[str, Tensor], layout: str = "contiguous") -> dict[str, Tensor]:
+        """This worker's rows of a batch, which all of them have drawn alike, and of those its shard of the tokens.
+        batch: (rows, ...), where sequences are cut (rows, tokens)"""
+        rows = {name: x.chunk(self.data_parallel)[self.places[0]] for name, x in batch.items()}
+        if self.mesh is None or self.context_parallel == 1:
+            return rows
+        return {name: shard_sequence(x, self.mesh["cp"], 1, layout) for name, x in rows.items()}
+
+    def cutting(self, layout: str) -> AbstractContextManager:
+        """In which the model's tokens are this worker's shard"""
+        if self.mesh is None or self.context_parallel == 1:
+            return nullcontext()
+        return context(self.mesh["cp"], layout)
 
     def micro_batch(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """DDP sums the gradients of all workers once per step; FSDP has no room to wait."""

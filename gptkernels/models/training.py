@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import hardware
 from ..arguments import SEEDS
+from ..parallel.layout import Layout
 from . import checkpoint, cost
 from .gpt import GPT
 from .parallel import Workers
@@ -159,6 +160,7 @@ class Trainer:
         assert isinstance(gpt, GPT)
         self.gpt = gpt
         self.config = self.gpt.config
+        self.layout = layout_for(self.workers.context_parallel, model, data)
         self.accumulate = options.accumulate(self.workers.data_parallel)
         self.dtype = getattr(torch, options.dtype)
         self.model = self.workers.wrap(model, list(self.gpt.blocks), self.dtype)
@@ -220,12 +222,13 @@ class Trainer:
     def one_step(self) -> tuple[Tensor, Tensor, int]:
         """-> the loss and the gradient's norm before clipping, both (), and the tokens of all workers"""
         options, workers = self.options, self.workers
-        batch = workers.own_rows(self.data.batch(self.step, options.batch, options.seed))
+        batch = workers.own_share(self.data.batch(self.step, options.batch, options.seed), self.layout)
         seen = batch["tokens"].numel()
         torch.manual_seed(((options.seed * 1_000_003 + self.step) * 65_537 + workers.own_data) % 2**63)
         total, small = torch.zeros((), device=workers.device), None
         for number, micro in enumerate(micro_batches(batch, self.accumulate)):
-            with workers.micro_batch(self.model, last=number == self.accumulate - 1):
+            last = number == self.accumulate - 1
+            with workers.micro_batch(self.model, last), workers.cutting(self.layout):
                 loss = self.loss(micro) / self.accumulate
                 loss.backward()
             total += loss.detach()
@@ -267,8 +270,9 @@ class Trainer:
         self.model.eval()
         for number in range(options.evaluate_batches):
             batch = self.validation.batch(number, options.batch, options.seed + 1)
-            parts = micro_batches(self.workers.own_rows(batch), self.accumulate)
-            losses += [self.workers.mean(self.loss(micro)) for micro in parts]
+            parts = micro_batches(self.workers.own_share(batch, self.layout), self.accumulate)
+            with self.workers.cutting(self.layout):
+                losses += [self.workers.mean(self.loss(micro)) for micro in parts]
         self.model.train()
         return torch.stack(losses).mean().item()
 
@@ -295,6 +299,21 @@ class Trainer:
         self.workers.load_optimizer(self.model, self.optimizer, state["optimizer"])
         self.step = self.saved = state["step"]
         self.noise.load(state["noise"])
+
+
+def layout_for(ranks: int, model: nn.Module, data) -> str:
+    """How so many ranks cut a sequence: zigzag where a causal layer is dense, so that each has as much to do."""
+    if ranks == 1:
+        return "contiguous"
+    if not isinstance(model, GPT) or model.config.objective != "next_token":
+        raise ValueError(f"model must be a GPT that predicts next tokens where {ranks} ranks cut a sequence (cp)")
+    layout = "zigzag" if "dense" in model.config.pattern else "contiguous"
+    pieces = Layout(ranks, layout).pieces
+    if data.length % pieces:
+        raise ValueError(f"context must be a multiple of {pieces} tokens for cp={ranks}, not {data.length}")
+    if model.config.attention_dropout:
+        raise ValueError(f"attention_dropout must be 0 with cp={ranks}, not {model.config.attention_dropout}")
+    return layout
 
 
 def micro_batches(batch: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:

@@ -14,14 +14,18 @@ from torch.autograd.function import once_differentiable
 from ..ops.attention import attention
 from ..ops.attention.op import padded_heads
 from ..ops.attention.outputs import empty_in_order_of
+from ..ops.attention.sinks import add_sinks, delta_of, sinks_grad
 from ..ops.attention.visibility import Window, sides
 from ..ops.autocast import autocast
 from ..ops.checks import check_bounds
-from . import calls, gather
+from . import calls, gather, ring
 from .calls import Options, PartCall
 from .exchange import Blocks, return_gradients, send_keys, zeros
 from .layout import Plan, plan_of
 from .shards import Shard
+
+# Of all ranks' keys and values of one layer: more than this is not held for its backward pass.
+RING_BYTES = 256 << 20
 
 
 def shard_attention(
@@ -72,9 +76,8 @@ def shard_attention(
     )
     bounds = (0, whole) if cu_seqlens is None else tuple(check_bounds(cu_seqlens, whole))
     plan = plan_of(shard.layout, shard.rank, tokens, bounds, left, right)
-    # Of documents, nobody needs all that a gather would bring.
-    dense = (left is None or right is None) and not packed and shard.size > 1
-    job = Job(shard, plan, calls.calls_of(plan.parts, plan.spans, options), options, dense)
+    method = method_of(shard, options, k)
+    job = Job(shard, plan, calls.calls_of(plan.parts, plan.spans, options), options, method)
     out, lse = ShardAttentionFunction.apply(job, *padded_heads(q, k, v), sinks)
     out = out[..., : q.shape[-1]]
     return (out, lse) if return_lse else out
@@ -92,12 +95,29 @@ def check_inside(q: Tensor, k: Tensor, tokens: int, dropout: float, cu_seqlens_k
         raise ValueError(f"dropout must be 0 {where}, not {dropout}: kernels count its rows from the shard's first")
 
 
+def method_of(shard: Shard, options: Options, k: Tensor) -> str:
+    """How the other ranks' keys come here. k: of this rank"""
+    left, right = options.window
+    banded = left is not None and right is not None
+    if banded or options.packed or shard.size == 1:
+        return "near"  # of documents, nobody needs all that a gather would bring
+    rings = options.window in ((None, 0), (None, None)) and options.slopes is None
+    if shard.method == "ring" and not rings:
+        raise ValueError(
+            "method must be auto or gather for attention with alibi_slopes or a window on one side, not ring"
+        )
+    if shard.method == "gather" or not rings:
+        return "gather"
+    held = 2 * k.numel() * k.element_size() * shard.size
+    return "ring" if shard.method == "ring" or held > RING_BYTES else "gather"
+
+
 class Job(NamedTuple):
     shard: Shard
     plan: Plan
     calls: list[PartCall]
     options: Options
-    dense: bool
+    method: str  # of METHODS
 
     def own(self, k: Tensor, v: Tensor) -> Blocks:
         blocks = Blocks(self.options.dim)
@@ -120,7 +140,7 @@ class ShardAttentionFunction(torch.autograd.Function):
         out = empty_in_order_of(q)
         shape = q.shape[:-1] if q.ndim == 4 else (q.shape[1], q.shape[0])
         lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        others = (forward_dense if job.dense else forward_near)(job, q, k, v, sinks, out, lse)
+        others = METHODS[job.method][0](job, q, k, v, sinks, out, lse)
         ctx.save_for_backward(q, k, v, sinks, out, lse, *others)
         ctx.job = job
         ctx.set_materialize_grads(False)
@@ -135,7 +155,7 @@ class ShardAttentionFunction(torch.autograd.Function):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         with torch.autocast(q.device.type, enabled=False):
             run = Backward(ctx.job, dout, dlse, q, sinks, out, lse)
-            dk, dv = (backward_dense if ctx.job.dense else backward_near)(run, k, v, others)
+            dk, dv = METHODS[ctx.job.method][1](run, k, v, others)
         return None, run.dq, dk, dv, run.dsinks
 
 
@@ -145,24 +165,30 @@ def forward_near(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
     messages = send_keys(job.shard, job.plan, blocks, k)
     for call in job.calls:
         if job.is_here(call):
-            calls.forward(call, q, blocks.read(call.part.keys), sinks, out, lse)
+            fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks), out, lse)
     arrived = messages.finish()
     for spans, message in arrived:
         blocks.add(spans, *message)
     for call in job.calls:
         if not job.is_here(call):
-            calls.forward(call, q, blocks.read(call.part.keys), sinks, out, lse)
+            fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks), out, lse)
     return [message for _, message in arrived]
 
 
-def forward_dense(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+def forward_gather(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
     """All keys come to everybody. -> them: (2, ...)"""
     keys = gather.gathered(job.shard, torch.stack((k, v)), job.options.dim + 1)
     blocks = Blocks(job.options.dim)
     blocks.add((job.whole(),), *keys)
     for call in job.calls:
-        calls.forward(call, q, blocks.read(call.part.keys), sinks, out, lse)
+        fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks), out, lse)
     return [keys]
+
+
+def fill_in(call: PartCall, found: tuple[Tensor, Tensor], out: Tensor, lse: Tensor) -> None:
+    """found: out and lse of the part, whose rows of the shard's they become"""
+    call.queries(out).copy_(found[0])
+    lse.narrow(-1, call.first, call.count).copy_(found[1])
 
 
 class Backward:
@@ -177,7 +203,8 @@ class Backward:
     def part(self, call: PartCall, blocks: Blocks, sums: Blocks) -> None:
         dout, dlse, q = self.given
         keys = blocks.read(call.part.keys)
-        dk, dv, dsinks = calls.backward(call, dout, dlse, q, keys, self.sinks, self.out, self.lse, self.dq)
+        dq, dk, dv, dsinks = calls.backward(call, dout, dlse, q, keys, self.sinks, self.out, self.lse)
+        call.queries(self.dq).copy_(dq)
         sums.accumulate(call.part.keys, dk, dv)
         if self.dsinks is not None and dsinks is not None:
             self.dsinks += dsinks
@@ -208,7 +235,7 @@ def backward_near(run: Backward, k: Tensor, v: Tensor, arrived: list[Tensor]) ->
     return dk.to(k.dtype), dv.to(v.dtype)
 
 
-def backward_dense(run: Backward, k: Tensor, v: Tensor, gathered: list[Tensor]) -> tuple[Tensor, Tensor]:
+def backward_gather(run: Backward, k: Tensor, v: Tensor, gathered: list[Tensor]) -> tuple[Tensor, Tensor]:
     job, dim = run.job, run.job.options.dim
     blocks, sums = Blocks(dim), Blocks(dim)
     blocks.add((job.whole(),), *gathered[0])
@@ -218,3 +245,28 @@ def backward_dense(run: Backward, k: Tensor, v: Tensor, gathered: list[Tensor]) 
         run.part(call, blocks, sums)
     own = gather.summed(job.shard, total, dim + 1, k.dtype)
     return own[0].to(k.dtype), own[1].to(v.dtype)
+
+
+def backward_ring(run: Backward, k: Tensor, v: Tensor, _: list[Tensor]) -> tuple[Tensor, Tensor]:
+    job, (dout, dlse, q) = run.job, run.given
+    if run.dsinks is not None:
+        run.dsinks += sinks_grad(run.sinks, run.lse, delta_of(dout, run.out, dlse))
+    dq, dk, dv = ring.backward(job.shard, job.options, dout, dlse, q, k, v, run.out, run.lse)
+    run.dq.copy_(dq)
+    return dk.to(k.dtype), dv.to(v.dtype)
+
+
+def forward_ring(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+    """Keys go around, one rank's at a time; nothing of them is kept"""
+    found, found_lse = ring.forward(job.shard, job.options, q, k, v)
+    out.copy_(found), lse.copy_(found_lse)
+    if sinks is not None:
+        add_sinks(out, lse, sinks)
+    return []
+
+
+METHODS = {
+    "near": (forward_near, backward_near),
+    "gather": (forward_gather, backward_gather),
+    "ring": (forward_ring, backward_ring),
+}

@@ -109,12 +109,11 @@ def calls_of(parts: tuple[Part, ...], spans: tuple[Span, ...], options: Options)
     return found
 
 
-def forward(call: PartCall, q: Tensor, keys: tuple[Tensor, Tensor], sinks: Tensor | None, out: Tensor, lse: Tensor):
-    """Fills in the part's rows of out and lse"""
+def forward(call: PartCall, q: Tensor, keys: tuple[Tensor, Tensor], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q: of the shard, keys: of the part -> out and lse of the part's queries"""
     kernels, record = call.prepared(q, *keys, sinks, None)
-    found, found_lse = kernels.attention_fwd(record)
-    call.queries(out).copy_(found.narrow(call.options.dim, 0, call.count))
-    lse.narrow(-1, call.first, call.count).copy_(found_lse.narrow(-1, 0, call.count))
+    out, lse = kernels.attention_fwd(record)
+    return out.narrow(call.options.dim, 0, call.count), lse.narrow(-1, 0, call.count)
 
 
 def backward(
@@ -126,15 +125,11 @@ def backward(
     sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dq: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Fills in the part's rows of dq; -> dk, dv, dsinks of it. out, lse: of the shard, over all of its keys"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """out, lse: of the shard, over all of its keys -> dq of the part's queries, dk, dv of its keys, dsinks"""
     kernels, record = call.prepared(q, *keys, sinks, None)
     if dlse is not None:
-        dlse = dlse.narrow(-1, call.first, call.count)
-        dlse = F.pad(dlse, (0, call.ahead)).contiguous()
-    found, dk, dv, dsinks = kernels.attention_bwd(
-        record, call.padded(dout), call.padded(out), call.padded_lse(lse), dlse
-    )
-    call.queries(dq).copy_(found.narrow(call.options.dim, 0, call.count))
-    return dk, dv, None if sinks is None else dsinks
+        dlse = F.pad(dlse.narrow(-1, call.first, call.count), (0, call.ahead)).contiguous()
+    rows = call.padded(dout), call.padded(out), call.padded_lse(lse)
+    dq, dk, dv, dsinks = kernels.attention_bwd(record, *rows, dlse)
+    return dq.narrow(call.options.dim, 0, call.count), dk, dv, None if sinks is None else dsinks

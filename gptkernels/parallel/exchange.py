@@ -100,12 +100,14 @@ class Messages:
             self.arrived.append((spans, message))
             operations.append(dist.P2POp(dist.irecv, message, group=self.shard.group, group_peer=rank))
         if operations:
-            self.works = dist.batch_isend_irecv(operations)
+            with self.shard.talking():
+                self.works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> list[tuple[Spans, Tensor]]:
         """-> what has arrived: spans, (2, ...)"""
-        for work in self.works:
-            work.wait()
+        with self.shard.talking():
+            for work in self.works:
+                work.wait()
         self.sent.clear()
         return self.arrived
 

@@ -14,7 +14,8 @@ def gathered(shard: Shard, x: Tensor, dim: int) -> Tensor:
     """x: this rank's part in `dim` -> the whole, in order"""
     x = x.contiguous()
     parts = x.new_empty((shard.size, *x.shape))
-    getattr(dist, ALL_GATHER)(parts.view(-1), x.view(-1), group=shard.group)
+    with shard.talking():
+        getattr(dist, ALL_GATHER)(parts.view(-1), x.view(-1), group=shard.group)
     return in_order(shard, parts, dim)
 
 
@@ -43,5 +44,6 @@ def summed(shard: Shard, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     the dtype that travels."""
     parts = by_rank(shard, x, dim).to(dtype)
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=shard.group)
+    with shard.talking():
+        dist.all_to_all_single(received, parts, group=shard.group)
     return received.sum(0, dtype=torch.promote_types(dtype, torch.float32))

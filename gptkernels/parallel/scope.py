@@ -8,7 +8,7 @@ import torch
 
 from ..dispatch import instead
 from .attention import shard_attention
-from .shards import Shard, become, shard_of
+from .shards import Shard, become, refuse, shard_of
 
 
 @contextmanager
@@ -41,4 +41,4 @@ def context(mesh, layout: str = "contiguous", method: str = "auto") -> Iterator[
 
 
 def refuse_cache(*_, **__):
-    raise ValueError("decode_attention must be outside of gptkernels.parallel.context: a cache holds whole sequences")
+    refuse("decode_attention", "a cache holds whole sequences")

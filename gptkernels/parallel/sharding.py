@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..ops import dropout
-from .tensor_collectives import Ranks
+from .tensor_collectives import Once, Ranks
 from .vocabulary import Vocabulary
 
 REPLICATE, PARTIAL = Replicate(), Partial()
@@ -154,18 +154,6 @@ class Call:
     def loss_of_vocabulary(self, dimension: int, **local) -> Any:
         part = Vocabulary(Ranks(one_dimension(self.mesh, dimension)), self.tensors["weight"].shape[0])
         return part.run(self.op.prepare(**local))  # type: ignore[attr-defined]
-
-
-class Once(torch.autograd.Function):
-    """Nothing, of what another rank adds to the sum; each of them has its gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 def mean_loss(op: Callable, local: Arguments, groups: list) -> Any:

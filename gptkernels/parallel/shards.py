@@ -1,5 +1,7 @@
 """Which shard of the sequence this process has, inside gptkernels.parallel.context: what the ops and the models ask."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..failures import is_lost_rank, lost_rank
 from .layout import LAYOUTS, Layout, Span
 
 METHODS = ("auto", "gather", "ring")
@@ -35,11 +38,27 @@ class Shard:
         spans = self.spans(tokens)
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
+    def share_of_mean(self, total: Tensor, count: Tensor) -> Tensor:
+        """total, count: () sums over this rank's tokens -> of what the mean over the ranks is that of all tokens, as
+        gradients are averaged too"""
+        return total * (self.size / self.total(count))
+
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """Around what waits for other ranks: LostRankError where one of them is gone"""
+        try:
+            yield
+        except RuntimeError as error:
+            if is_lost_rank(error):
+                raise lost_rank(error) from error
+            raise
+
     @torch.compiler.disable
     def total(self, x: Tensor) -> Tensor:
         """x: the same shape on every rank, without a gradient -> its sum over them"""
         x = x.clone()
-        dist.all_reduce(x, group=self.group)
+        with self.talking():
+            dist.all_reduce(x, group=self.group)
         return x
 
 
@@ -69,6 +88,12 @@ _state = State()
 def current() -> Shard | None:
     """The shard that this process has inside a context; None outside"""
     return _state.shard
+
+
+def refuse(what: str, why: str) -> None:
+    """ValueError inside a context"""
+    if _state.shard is not None:
+        raise ValueError(f"{what} must be outside of gptkernels.parallel.context: {why}")
 
 
 def become(shard: Shard | None) -> Shard | None:

@@ -173,6 +173,18 @@ class GatherColumns(torch.autograd.Function):
         return None, grad.tensor_split(bounds(grad.shape[-1], ctx.ranks.size), -1)[ctx.ranks.rank], None
 
 
+class Once(torch.autograd.Function):
+    """Nothing, of what another rank adds to the sum; each of them has its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
 def bounds(size: int, ranks: int) -> list[int]:
     """Where the parts of all but the first rank begin, as DTensor cuts a dimension"""
     most = -(-size // ranks)

@@ -18,18 +18,27 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..models.gpt import Block, Embedding, MaskedHead
 from ..nn import CausalSelfAttention, GatedMLP
-from .tensor_collectives import Ranks, Share
+from .tensor_collectives import Once, Ranks, Share
 from .vocabulary import Vocabulary, embedded
 
-# Where a packed projection keeps which of its rows this is in the model of one process
+# Where a packed projection keeps which rows of one process's it has in which place, and in which dimension
 ORDER = "_gptkernels_rows"
 
 
 class OwnParameters:
     """This rank's parts of a module's parameters. A parameter that all ranks have got a gradient of its own on each of
-    them, to be summed, where it works on cut rows, or, those in `of_heads`, on cut heads."""
+    them, to be summed, where it works on cut rows, or, those in `of_heads`, on cut heads. once: what is added to one
+    rank's part of a sum only"""
 
-    def __init__(self, ranks: Ranks, module: nn.Module, *, on_rows: bool = True, of_heads: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        ranks: Ranks,
+        module: nn.Module,
+        *,
+        on_rows: bool = True,
+        of_heads: tuple[str, ...] = (),
+        once: tuple[str, ...] = (),
+    ):
         self.ranks = ranks
         self.places = [
             (owner, key, f"{path}.{key}".lstrip("."))
@@ -37,7 +46,7 @@ class OwnParameters:
             for key in owner._parameters
             if owner._parameters[key] is not None
         ]
-        self.on_rows, self.of_heads = on_rows, of_heads
+        self.on_rows, self.of_heads, self.once = on_rows, of_heads, once
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -50,8 +59,8 @@ class OwnParameters:
             ]
             for i, part in zip(places, Share.apply(self.ranks, *(parts[i] for i in places)), strict=True):
                 parts[i] = part
-        for (owner, key, _), part in zip(self.places, parts, strict=True):
-            owner._parameters[key] = part
+        for (owner, key, path), part in zip(self.places, parts, strict=True):
+            owner._parameters[key] = Once.apply(part) if path in self.once and self.ranks.rank else part
         try:
             yield
         finally:
@@ -64,15 +73,24 @@ class OwnParameters:
         return path in self.of_heads or (self.on_rows and self.ranks.cut)
 
 
-def distribute(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
-    """placements: of the parameters, by their names in the module, that are not the same on all ranks"""
+def distribute(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    placements: dict[str, Placement],
+    ties: dict[int, nn.Parameter] | None = None,
+) -> None:
+    """placements: of the parameters, by their names in the module, that are not the same on all ranks; ties: what those
+    of other modules, by id, have become"""
+    ties = {} if ties is None else ties
     for path, owner in module.named_modules():
         for key, parameter in list(owner._parameters.items()):
             if parameter is None or isinstance(parameter, DTensor):
                 continue
-            placement = placements.get(f"{path}.{key}".lstrip("."), Replicate())
-            cut = distribute_tensor(parameter.detach(), mesh, [placement])
-            owner._parameters[key] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+            if id(parameter) not in ties:
+                placement = placements.get(f"{path}.{key}".lstrip("."), Replicate())
+                cut = distribute_tensor(parameter.detach(), mesh, [placement])
+                ties[id(parameter)] = nn.Parameter(cut, requires_grad=parameter.requires_grad)
+            owner._parameters[key] = ties[id(parameter)]
 
 
 def replace_forward(module: nn.Module, forward: Callable) -> None:
@@ -102,7 +120,7 @@ class HeadsStyle(ParallelStyle):
             if parameter is not None:
                 packed = nn.Parameter(parameter.detach()[order.to(parameter.device)], parameter.requires_grad)
                 module.qkv._parameters[name] = packed
-        setattr(module.qkv, ORDER, order)
+        setattr(module.qkv, ORDER, (order, 0))
         distribute(module, device_mesh, {"qkv.weight": Shard(0), "qkv.bias": Shard(0), "out.weight": Shard(1)})
         module.heads, module.kv_heads = module.heads // size, module.kv_heads // size
 

@@ -17,7 +17,9 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from ..models.config import GPTConfig
 from ..models.gpt import GPT
 from ..ops.linear_cross_entropy import linear_cross_entropy
-from . import vocabulary
+from ..swap.accelerate import accelerate
+from ..swap.modules import is_replaced
+from . import tensor_plans, vocabulary
 from .tensor_collectives import Ranks
 from .tensor_layers import ORDER, BlockStyle, EmbeddingStyle, EveryRankStyle, HeadStyle, MaskedHeadStyle
 from .vocabulary import Vocabulary
@@ -26,33 +28,46 @@ from .vocabulary import Vocabulary
 def tensor(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = True) -> nn.Module:
     """Cuts the model's layers between the ranks of the mesh, in place, and gives it back.
 
+    model: a gptkernels GPT, or a causal language model of transformers, by its own plan (`_tp_plan`); accelerate()
+        comes before, fully_shard() after.
     Attention is cut by heads, MLPs by hidden columns, the token embedding, the head and the loss by vocabulary. Every
     rank takes the same tokens, and has the same loss, logits and generated tokens. Parameters become DTensors (all
     ranks get those of the first one), for FSDP over another dimension of the mesh and for the optimizer.
 
-    sequence: in training, norms and what is around them work on a share of the rows on each rank; the sum that ends
-        each attention and MLP is then a reduce-scatter, and an all-gather begins the next one.
+    sequence: in training, our GPT's norms and what is around them work on a share of the rows on each rank; the sum
+        that ends each attention and MLP is then a reduce-scatter, and an all-gather begins the next one.
     """
     check(model, mesh)
-    assert isinstance(model, GPT)
     ranks = Ranks(mesh, sequence)
-    part = Vocabulary(ranks, model.config.vocabulary)
-    parallelize_module(model, mesh, plan(model, part))
-    cut_ends(model, part)
+    if isinstance(model, GPT):
+        check_divisible(model.config, mesh.size())
+        part = Vocabulary(ranks, model.config.vocabulary)
+        parallelize_module(model, mesh, plan(model, part))
+        cut_ends(model, part)
+    else:
+        tensor_plans.cut_model(model, ranks)
     return model
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """The model over the ranks of the mesh for inference, in place, each with its heads' share of the caches of keys
+    and values: a gptkernels GPT, or one of transformers, whose attention, norms and MLPs become ours."""
+    check(model, mesh)
+    if not isinstance(model, GPT) and not any(is_replaced(module) for module in model.modules()):
+        accelerate(model)
+    return tensor(model, mesh, sequence=False).eval()
 
 
 def check(model: nn.Module, mesh: DeviceMesh) -> None:
     """Before anything has changed; the same on every rank"""
-    if not isinstance(model, GPT):
-        raise TypeError(f"model must be a gptkernels GPT, not {type(model).__name__}")
+    if not isinstance(model, nn.Module) or not (isinstance(model, GPT) or hasattr(model, "get_input_embeddings")):
+        raise TypeError(f"model must be a gptkernels GPT or a model of transformers, not {type(model).__name__}")
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f'mesh must be a DeviceMesh of one dimension, such as mesh["tp"], not {type(mesh).__name__}')
     if mesh.ndim != 1:
         raise ValueError(f'mesh must have one dimension, such as mesh["tp"], not {mesh.ndim}')
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("model must not be cut or sharded already: gk.parallel.tensor comes before fully_shard")
-    check_divisible(model.config, mesh.size())
 
 
 def check_divisible(config: GPTConfig, ranks: int) -> None:
@@ -108,7 +123,7 @@ def local(parameter: Any) -> Any:
 def in_model_order(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """state: whole tensors, or dicts of them, by the names of parameters, as they are gathered from a cut model -> as
     one process has them"""
-    return reordered(state, {name: torch.argsort(order) for name, order in orders(model).items()})
+    return reordered(state, {name: (torch.argsort(order), at) for name, (order, at) in orders(model).items()})
 
 
 def in_rank_order(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
@@ -116,16 +131,20 @@ def in_rank_order(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     return reordered(state, orders(model))
 
 
-def orders(model: nn.Module) -> dict[str, Tensor]:
-    """By the names of packed parameters, which rows they have in which place"""
-    packed = {path: getattr(module, ORDER) for path, module in model.named_modules() if hasattr(module, ORDER)}
-    return {f"{path}.{key}": order for path, order in packed.items() for key in ("weight", "bias")}
+def orders(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """By the names of packed parameters, which rows they have in which place, and of which dimension"""
+    found: dict[str, tuple[Tensor, int]] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, ORDER):
+            order, dimension = getattr(module, ORDER)
+            found |= {f"{path}.weight": (order, dimension), f"{path}.bias": (order, 0)}
+    return found
 
 
-def reordered(state: dict[str, Any], orders: dict[str, Tensor]) -> dict[str, Any]:
-    def rows(x: Any, order: Tensor) -> Any:
+def reordered(state: dict[str, Any], orders: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
+    def moved(x: Any, order: Tensor, dimension: int) -> Any:
         if isinstance(x, dict):
-            return {key: rows(part, order) for key, part in x.items()}
-        return x[order.to(x.device)] if isinstance(x, Tensor) and x.ndim else x
+            return {key: moved(part, order, dimension) for key, part in x.items()}
+        return x.index_select(dimension, order.to(x.device)) if isinstance(x, Tensor) and x.ndim else x
 
-    return {name: rows(x, orders[name]) if name in orders else x for name, x in state.items()}
+    return {name: moved(x, *orders[name]) if name in orders else x for name, x in state.items()}

@@ -39,6 +39,11 @@ class Vocabulary:
             )
         return call.run(self, checked(call))  # type: ignore[arg-type]
 
+    def own(self, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """tokens: (B, T), rows: of this rank -> (B, T, 1) bool, which are among them, (B, T) their rows, 0 of others"""
+        here = (tokens >= self.first) & (tokens < self.first + rows)
+        return here.unsqueeze(-1), (tokens - self.first).where(here, 0)
+
     def highest(self, peak: Tensor) -> Tensor:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.ranks.group)
         return peak
@@ -71,5 +76,5 @@ def logits(part: Vocabulary, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 def embedded(part: Vocabulary, tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens: (B, T), weight: (V of this rank, E) -> (B, T, E), whose sum over the ranks is the embedding"""
-    here = (tokens >= part.first) & (tokens < part.first + weight.shape[0])
-    return F.embedding((tokens - part.first).where(here, 0), weight) * here.unsqueeze(-1)
+    here, row = part.own(tokens, weight.shape[0])
+    return F.embedding(row, weight) * here
