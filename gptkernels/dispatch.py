@@ -2,10 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
@@ -105,6 +107,9 @@ def public_op(prepare: Callable[P, Call[R]], native: Callable[..., R] | None) ->
         call = prepare(*args, **kwargs)
         key = likeness((call.op, *args, *kwargs, *kwargs.values()))
         kernels = decided.get(key)
+        if key is None and has_dtensors((*args, *kwargs.values())):
+            # It knows all ops, and so none of them can know it but by its name.
+            return import_module(".parallel.sharding", __package__).run_sharded(public, args, kwargs)
         record = with_key(checked(call) if kernels is None else call.record(), key)
         if kernels is None:
             decided.keep(key, kernels := select(call, record))
@@ -118,6 +123,12 @@ def public_op(prepare: Callable[P, Call[R]], native: Callable[..., R] | None) ->
     public.__signature__ = signature.replace(return_annotation=result)
     public.prepare = prepare
     return public
+
+
+def has_dtensors(values: Iterable) -> bool:
+    """Without importing what only they need"""
+    known = sys.modules.get("torch.distributed.tensor")
+    return known is not None and any(isinstance(value, known.DTensor) for value in values)
 
 
 def checked(call: Call[Any]) -> Record:

@@ -160,7 +160,7 @@ def stream(
             # A GPU would have to be waited for; there multinomial stops it.
             if logits.is_cpu and not logits.isfinite().all():
                 raise ValueError("the model's logits are not finite: its weights may be NaN")
-            chosen = sampling.choose(logits, generator)
+            chosen = model.agreed(sampling.choose(logits, generator))
             if stop is not None:
                 chosen = chosen.masked_fill(ended, stop)
                 ended |= chosen == stop

@@ -221,9 +221,17 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (..., C) -> (..., V)"""
+        return self.token_logits(*self.before_head(hidden))
+
+    def before_head(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """hidden: (..., C) -> (..., E), which the head's weight multiplies, and the bias after it: (V,)"""
         if self.masked_head is not None:
-            return F.linear(self.masked_head(hidden), self.head_weight(), self.masked_head.vocabulary_bias)
-        return F.linear(self.reduced(hidden), self.head_weight())
+            return self.masked_head(hidden), self.masked_head.vocabulary_bias
+        return self.reduced(hidden), None
+
+    def token_logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: (..., E), bias: (V,) -> (..., V)"""
+        return F.linear(x, self.head_weight(), bias)
 
     def reduced(self, hidden: Tensor) -> Tensor:
         return hidden if self.unproject is None else self.unproject(hidden)
@@ -255,14 +263,18 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """hidden: (B, T, C), targets: (B, T)"""
-        x, bias = self.reduced(hidden), None
-        if self.masked_head is not None:
-            x, bias = self.masked_head(hidden), self.masked_head.vocabulary_bias
         shard = shards.current() if reduction == "mean" else None
-        options: dict[str, Any] = {"bias": bias, "backend": self.config.backend}
-        options["reduction"] = reduction if shard is None else "sum"
-        loss = linear_cross_entropy(x, self.head_weight(), targets, **options)
+        loss = self.token_loss(*self.before_head(hidden), targets, reduction if shard is None else "sum")
         return loss if shard is None else shard.share_of_mean(loss, (targets != NO_TARGET).sum())
+
+    def token_loss(self, x: Tensor, bias: Tensor | None, targets: Tensor, reduction: str) -> Tensor:
+        """x: (..., E), bias: (V,), targets: (...)"""
+        options: dict[str, Any] = {"bias": bias, "reduction": reduction, "backend": self.config.backend}
+        return linear_cross_entropy(x, self.head_weight(), targets, **options)
+
+    def agreed(self, chosen: Tensor) -> Tensor:
+        """chosen: (B,) tokens that were drawn -> what all processes that run this model together take for them"""
+        return chosen
 
     def order_logits(self, hidden: Tensor, key_start: Tensor | None = None) -> Tensor:
         """hidden: (B, T, C) -> (B, 2)"""

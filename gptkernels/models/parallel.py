@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..failures import UsageError
 from ..parallel.mesh import KINDS, Split, data_mesh, device_mesh, parse
 from ..parallel.scope import context
 from ..parallel.sequence import shard_sequence
+from ..parallel.tensor_parallel import in_model_order, in_rank_order, tensor
+from .gpt import GPT
 
 __all__ = ["KINDS", "Workers"]
 
@@ -91,6 +95,8 @@ class Workers:
         model = model.to(self.device)
         if self.mesh is None:
             return model
+        if self.split.tp != 1:
+            model = self.cut(model)
         mesh = data_mesh(self.mesh)
         if self.kind == "ddp" and mesh.size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -104,6 +110,20 @@ class Workers:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
+
+    def cut(self, model: nn.Module) -> nn.Module:
+        """Its layers between the workers along tp"""
+        assert self.mesh is not None
+        if self.kind == "ddp" and self.shares > 1:
+            raise UsageError(f"--parallel {self.split.text} must be fsdp,...: ddp has no room for cut parameters")
+        if not isinstance(model, GPT):
+            raise UsageError(
+                f"--parallel {self.split.text} must have no tp for --task, which tensor parallelism has not"
+            )
+        try:
+            return tensor(model, self.mesh["tp"])
+        except ValueError as error:
+            raise UsageError(f"--parallel {self.split.text}: {error}") from None
 
     def own_share(self, batch: dict[str, Tensor], layout: str = "contiguous") -> dict[str, Tensor]:
         """This worker's rows of a batch, which all of them have drawn alike, and of those its shard of the tokens.
@@ -136,7 +156,28 @@ class Workers:
     def state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
         """-> whole state dicts on the CPU, the same for every kind; all workers call it, the first one gets them"""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options)
+        weights = get_model_state_dict(model, options=options)
+        moments: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+        if "state" in moments:  # as it is on the first worker
+            moments["state"] = in_model_order(model, moments["state"])
+        return in_model_order(model, weights), moments
 
     def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        if self.split.tp != 1:
+            # torch scatters whole tensors to parts of the same size, which those of a vocabulary need not be.
+            options = StateDictOptions()
+            state = state | {"state": as_parameters(model, in_rank_order(model, state["state"]))}
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+
+
+def as_parameters(model: nn.Module, moments: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """moments: whole, by the names of parameters -> cut as those are, by what each worker has at hand"""
+
+    def part(x: Tensor, like: Tensor) -> Tensor:
+        if not x.ndim or not isinstance(like, DTensor):
+            return x
+        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    parameters = dict(model.named_parameters())
+    return {name: {key: part(x, parameters[name]) for key, x in each.items()} for name, each in moments.items()}

@@ -5,15 +5,33 @@ Element (row, column) is kept when word 0 of Philox4x32-10, with the seed as key
 know how to replay torch's generators, replay dropout too.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
 
+# What a drawn seed becomes, where several processes have to agree on it, or must not have the same
+_change: Callable[[Tensor], Tensor] | None = None
+
 
 def draw_seed(device: torch.device) -> Tensor:
     """(1,) int64, from torch's own generator for `device`."""
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    return seed if _change is None else _change(seed)
+
+
+@contextmanager
+def changing_seeds(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, seeds are what `change` makes of those that are drawn."""
+    global _change
+    before, _change = _change, change
+    try:
+        yield
+    finally:
+        _change = before
 
 
 def threshold(p: float) -> int:

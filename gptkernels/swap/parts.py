@@ -40,6 +40,10 @@ def activation_of(function) -> str | None:
     return ACTIVATIONS.get(name)
 
 
+# What a forward has that tensor parallelism has given to a layer: it computes the same
+CUT = "gptkernels_cut"
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' linear layer with weights (in, out)."""
     return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
@@ -50,7 +54,8 @@ def is_plain(linear: nn.Module) -> bool:
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     cls = getattr(type(linear), "gptkernels_original", type(linear))
     known = cls is nn.Linear or is_conv1d(linear)
-    return known and not hooks and "forward" not in vars(linear)
+    own = vars(linear).get("forward")
+    return known and not hooks and (own is None or hasattr(own, CUT))
 
 
 def not_plain(*linears: nn.Module) -> str | None:

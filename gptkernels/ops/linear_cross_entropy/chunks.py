@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,21 @@ class Options(NamedTuple):
     def plain(self) -> bool:
         """Whether it is the cross-entropy of the logits, no more"""
         return self.bias is None and self.factors is None and not self.softcap and self.temperature == 1
+
+
+class Part(Protocol):
+    """Of a vocabulary that several processes have between them: this one's columns, from `first` on, of `whole`."""
+
+    first: int
+    whole: int
+
+    def highest(self, peak: Tensor) -> Tensor:
+        """(R,) of this part's columns -> of all"""
+        ...
+
+    def summed(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """(R,) each, of this part's columns -> of all"""
+        ...
 
 
 ChunkLoss = Callable[[Chunk, Options], None]
@@ -191,15 +206,15 @@ def factors_of(call: LossCall, scale: Tensor, z_scale: Tensor) -> Tensor | None:
     return torch.stack((mean, call.z_loss * (z_scale / scale)))
 
 
-def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
-    """-> a backend's linear_cross_entropy_fwd and linear_cross_entropy_bwd. module: its __name__"""
+def computations(chunk_loss: ChunkLoss, part: Part | None = None) -> tuple[Callable, Callable]:
+    """-> linear_cross_entropy_fwd and linear_cross_entropy_bwd. part: of the vocabulary, where calls have no more"""
 
     def linear_cross_entropy_fwd(
         call: LossCall, needs_x: bool, needs_weight: bool, needs_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """-> loss, what z_loss adds to it, lse: (M,), gradients of x, weight and bias"""
         if call.targets.is_cpu or os.environ.get("GPTKERNELS_CHECKED") == "1":
-            check_range(call.targets, call.weight.shape[0], call.ignore_index)
+            check_range(call.targets, call.weight.shape[0] if part is None else part.whole, call.ignore_index)
         scale, z_scale = scales(call)
         now = call.reduction != "none"
         needs = Needs(*(now and needed for needed in (needs_x, needs_weight, needs_bias)))
@@ -228,7 +243,13 @@ def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
         grad_x, grad_weight, grad_bias = over_chunks(chunk_loss, call, dloss, factors, needs)[2]
         return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype), grad_bias
 
+    return linear_cross_entropy_fwd, linear_cross_entropy_bwd
+
+
+def launchers(chunk_loss: ChunkLoss, module: str) -> tuple[Callable, Callable]:
+    """-> a backend's linear_cross_entropy_fwd and linear_cross_entropy_bwd. module: its __name__"""
+    fwd, bwd = computations(chunk_loss)
     # torch_op names the backend's ops after its module.
-    for launcher in (linear_cross_entropy_fwd, linear_cross_entropy_bwd):
+    for launcher in (fwd, bwd):
         launcher.__module__ = module
-    return torch_op(fake=fwd_outputs)(linear_cross_entropy_fwd), torch_op(fake=bwd_outputs)(linear_cross_entropy_bwd)
+    return torch_op(fake=fwd_outputs)(fwd), torch_op(fake=bwd_outputs)(bwd)

@@ -4,27 +4,35 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .chunks import Chunk, Options
+from .chunks import Chunk, Options, Part
 
 
 def unsupported(*_) -> str | None:
     return None
 
 
-def chunk_loss(chunk: Chunk, options: Options) -> None:
-    """See chunks.Chunk and Options."""
+def chunk_loss(chunk: Chunk, options: Options, part: Part | None = None) -> None:
+    """See chunks.Chunk and Options. part: of the vocabulary, where logits and bias have no more"""
     logits, targets, losses, lse, scale = chunk
     scores, slope = scores_of(logits, options)
+    first, whole = (0, logits.shape[1]) if part is None else (part.first, part.whole)
     counted = targets != options.ignore_index
     # Where a target is out of range the loss is NaN, and nothing outside of the row is read.
-    valid = (targets >= 0) & (targets < logits.shape[1])
-    index = targets.where(valid, 0).unsqueeze(1)
+    valid = (targets >= 0) & (targets < whole)
+    here = valid if part is None else (targets >= first) & (targets < first + logits.shape[1])
+    index = (targets - first).where(here, 0).unsqueeze(1)
     right = scores.gather(1, index).squeeze(1)
     all_scores = weighted_sum(scores, options.class_weight) if options.label_smoothing else None
     peak = scores.amax(1)
+    if part is not None:
+        peak = part.highest(peak)
     # inf - inf would be NaN: of such rows the sum is taken as it is.
     peak.masked_fill_(peak.isinf(), 0)
     total = scores.sub_(peak.unsqueeze(1)).exp_().sum(1)
+    if part is not None:
+        own = () if all_scores is None else (all_scores,)
+        total, right, *others = part.summed(total, right.masked_fill(~here, 0), *own)
+        all_scores = others[0] if others else None
     torch.add(peak, total.log(), out=lse)
     torch.sub(lse, right, out=losses)
     of_target, smoothing = target_weight(index, options), options.label_smoothing
@@ -32,7 +40,7 @@ def chunk_loss(chunk: Chunk, options: Options) -> None:
         losses.mul_(of_target)
     if all_scores is not None:
         assert options.factors is not None
-        losses.add_(options.factors[0] * lse - all_scores / logits.shape[1], alpha=smoothing)
+        losses.add_(options.factors[0] * lse - all_scores / whole, alpha=smoothing)
     losses.masked_fill_(~valid, torch.nan).masked_fill_(~counted, 0)
     if not options.with_grad:
         return
@@ -42,9 +50,9 @@ def chunk_loss(chunk: Chunk, options: Options) -> None:
     if options.factors is not None:
         of_all = of_row + row_scale * (smoothing * options.factors[0] + 2 * options.factors[1] * lse)
     grad = scores.mul_((of_all / total).unsqueeze(1))
-    grad.scatter_add_(1, index, -of_row.unsqueeze(1))
+    grad.scatter_add_(1, index, -(of_row if part is None else of_row.masked_fill(~here, 0)).unsqueeze(1))
     if smoothing:
-        share = row_scale.unsqueeze(1) * (smoothing / logits.shape[1])
+        share = row_scale.unsqueeze(1) * (smoothing / whole)
         grad.sub_(share if options.class_weight is None else share * options.class_weight)
     if slope is not None:
         grad.mul_(slope)
