@@ -43,7 +43,7 @@ setup(
     packages=[*packages, *csrc_packages],
     package_dir={"gptkernels": "gptkernels", "gptkernels.csrc": "csrc"},
     package_data={
-        "gptkernels": ["py.typed", "tuning/shipped/*.json", "launch/*.json"],
+        "gptkernels": ["py.typed", "tuning/shipped/*.json", "launch/*.json", "plan/*.json"],
         **{name: ["*.cu", "*.cuh", "*.h", "*.cpp"] for name in csrc_packages},
     },
     # optional: setuptools must not insist on a file that a machine without a working compiler did not produce.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clock_tables import calibration, predictions
 from measured import bench_tables, draw, profile_tables, table
+from plan_table import planner
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -93,6 +94,7 @@ TABLES = {
     "bench": bench_tables,
     "profile": profile_tables,
     "host-time": host_time,
+    "planner": planner,
     "clock-predictions": predictions,
     "clock-calibration": calibration,
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .ops.gated_mlp import gated_mlp
     from .ops.layer_norm import add_layer_norm, layer_norm
     from .ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+    from .ops.linear_kl_div import linear_kl_div
     from .ops.mlp import mlp
     from .ops.rms_norm import add_rms_norm, rms_norm
     from .ops.rope import rope
@@ -38,6 +39,7 @@ __all__ = [
     "hf",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_kl_div",
     "linear_log_probs",
     "mlp",
     "nn",
@@ -62,6 +64,7 @@ _HOMES = {
     "gated_mlp": "ops.gated_mlp",
     "layer_norm": "ops.layer_norm",
     "linear_cross_entropy": "ops.linear_cross_entropy",
+    "linear_kl_div": "ops.linear_kl_div",
     "linear_log_probs": "ops.linear_cross_entropy",
     "mlp": "ops.mlp",
     "rms_norm": "ops.rms_norm",

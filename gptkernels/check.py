@@ -26,6 +26,8 @@ from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.layer_norm import reference as layer_norm_reference
 from .ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from .ops.linear_cross_entropy import reference as loss_reference
+from .ops.linear_kl_div import linear_kl_div
+from .ops.linear_kl_div import reference as distillation_reference
 from .ops.mlp import mlp
 from .ops.mlp import reference as mlp_reference
 from .ops.rms_norm import add_rms_norm, rms_norm
@@ -242,6 +244,27 @@ def linear_log_probs_cases(small: bool) -> Iterator[Case]:
         yield Case(label, linear_log_probs, loss_reference.linear_log_probs, shapes, options, {"targets": targets})
 
 
+def linear_kl_div_cases(small: bool) -> Iterator[Case]:
+    for rows, d, vocabulary in [(40, 64, 1003)] if small else [(1000, 768, 50257)]:
+        targets = torch.randint(0, vocabulary, (rows,)).index_fill(0, torch.arange(0, rows, 5), -100).tolist()
+        shapes: Shapes = {"x": (rows, d), "weight": (vocabulary, d)}
+        for reduction in ("mean", "none"):
+            ops = taught(linear_kl_div), taught(distillation_reference.linear_kl_div)
+            options = {"temperature": 2.0, "reduction": reduction}
+            label = f"{rows} x {d} x {vocabulary}, {reduction}"
+            yield Case(label, *ops, shapes, options, {"targets": targets})
+
+
+def taught(op: Callable) -> Callable:
+    """linear_kl_div with a teacher made of the student, which takes no gradient"""
+
+    def call(x, weight, **others):
+        teacher_x, teacher_weight = (torch.cat((each, each.roll(1, 0)), 1).detach() for each in (x, weight))
+        return op(x, weight, teacher_x, teacher_weight, **others)
+
+    return call
+
+
 def rope_cases(small: bool) -> Iterator[Case]:
     batch, heads, kv_heads, tokens = (2, 3, 1, 9) if small else (2, 32, 8, 4097)
     for size, rotated, interleaved in ((64, 64, False), (128, 32, False), (80, 80, True)):
@@ -274,6 +297,7 @@ CASES = {
     "gated_mlp": gated_mlp_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "linear_log_probs": linear_log_probs_cases,
+    "linear_kl_div": linear_kl_div_cases,
 }
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": (".models.generate", "continue a prompt with a trained GPT"),
     "few-shot": (".models.few_shot_command", "how often a trained GPT picks the right answer of a few"),
     "profile": (".profile.run", "tokens per second of a whole model, and where its time and memory go"),
+    "plan": (".plan.command", "how to split a training run over GPUs: memory, traffic, time and money"),
     "build": (".build", "compile the CUDA library for this user"),
 }
 

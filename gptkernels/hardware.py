@@ -87,7 +87,7 @@ def on_device(device: torch.device):
 
 
 # Dense bfloat16 TFLOP/s of the vendor's data sheets, by a part of the device's name; the longer names come first.
-DATA_SHEETS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312}
+DATA_SHEETS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}
 
 
 def data_sheet_tflops(device: torch.device) -> float | None:

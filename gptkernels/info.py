@@ -14,6 +14,7 @@ from .ops.attention import attention, decode_attention
 from .ops.gated_mlp import gated_mlp
 from .ops.layer_norm import add_layer_norm, layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_kl_div import linear_kl_div
 from .ops.mlp import mlp
 from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rope import rope
@@ -70,6 +71,7 @@ def samples(device: torch.device) -> dict:
         "mlp": (mlp, (x, fc_weight, None, proj_weight, None)),
         "gated_mlp": (gated_mlp, (x, fc_weight, fc_weight, proj_weight)),
         "linear_cross_entropy": (linear_cross_entropy, (x, x, torch.zeros(128, dtype=torch.int64, device=device))),
+        "linear_kl_div": (linear_kl_div, (x, x, x, x)),
     }
 
 

@@ -20,6 +20,7 @@ from gptkernels.ops.attention import reference as attention_reference
 from gptkernels.ops.gated_mlp import reference as gated_mlp_reference
 from gptkernels.ops.layer_norm import reference as layer_norm_reference
 from gptkernels.ops.linear_cross_entropy import reference as loss_reference
+from gptkernels.ops.linear_kl_div import reference as distillation_reference
 from gptkernels.ops.mlp import reference as mlp_reference
 from gptkernels.ops.rms_norm import reference as rms_norm_reference
 from gptkernels.ops.rope import reference as rope_reference
@@ -86,6 +87,11 @@ def good(op) -> dict:
             **{"x": randn(7, 16), "weight": randn(33, 16), "targets": torch.arange(7) * 4, "bias": randn(33)},
             **{"temperature": 0.7},
         },
+        gk.linear_kl_div: {
+            **{"x": randn(7, 16), "weight": randn(33, 16), "teacher_x": randn(7, 8), "teacher_weight": randn(40, 8)},
+            **{"targets": torch.arange(7) * 4, "vocabulary": None, "ignore_index": -100, "reduction": "mean"},
+            **{"temperature": 0.7},
+        },
     }[op]
 
 
@@ -101,6 +107,7 @@ REFERENCES = {
     gk.gated_mlp: gated_mlp_reference.gated_mlp,
     gk.linear_cross_entropy: loss_reference.linear_cross_entropy,
     gk.linear_log_probs: loss_reference.linear_log_probs,
+    gk.linear_kl_div: distillation_reference.linear_kl_div,
 }
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64, torch.bool]
 DTYPES += [torch.complex64, torch.uint8, torch.float8_e4m3fn]

@@ -1,0 +1,3 @@
+from .op import linear_kl_div
+
+__all__ = ["linear_kl_div"]
