@@ -79,8 +79,8 @@ Bugs = Mapping[str, tuple[Place, ...]]
 
 
 def with_switches(op: str, bugs: Bugs) -> dict[str, str]:
-    """-> the files that bugs are in, with a switch at each place: bugs are counted from 1. A place may be another one's,
-    or in it."""
+    """-> the files that bugs are in, with a switch at each place: bugs are counted from 1. Places may be the same,
+    or in one another."""
     texts = {place.file: source(folder_of(op), place.file) for bug in bugs.values() for place in bug}
     places: dict[tuple[str, int, int], list[tuple[int, Place]]] = {}
     for number, name in enumerate(bugs, 1):

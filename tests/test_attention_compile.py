@@ -50,7 +50,7 @@ def test_every_row_is_compiled_here():
 def windows(arch, bits, head_size):
     """Dense and banded differ in little. Where it matters most both are compiled, else the banded one, which is what
     test_head_sizes of test_attention.py runs: what either compiles is in Triton's cache for the other."""
-    if bits == 16 and head_size in (FIRST_CLASS if arch == 90 else (64, 128)):
+    if bits == 16 and head_size in {90: FIRST_CLASS, 100: (128,)}.get(arch, (64, 128)):
         return (100, None)
     return (None,) if arch == 100 and head_size not in FIRST_CLASS else (100,)
 
