@@ -186,6 +186,13 @@ PLANTED_BENT = {
         "if (slope != 0.f)",
     ),
 }
+# The simulator's hyperbolic tangent is exact. A GPU's is off by up to 2^-11 of its value, this one by all of that, up
+# or down.
+COARSE = (
+    "attention_bend.cuh",
+    "return tanh_approx(x);",
+    "return fminf(fmaxf(tanh_approx(x) * (1.f + (__float_as_int(x) & 1 ? 0x1p-11f : -0x1p-11f)), -1.f), 1.f);",
+)
 SEEDS = range(8)
 # Of a processor for each seed, whatever else it has to do: beyond that a variant hangs; one that does not takes two.
 CPU_LIMIT_S = 20
@@ -204,8 +211,8 @@ def mutants(file: str) -> list[tuple[int, str, str | None, str]]:
 
 
 def planted(name: str) -> dict[str, str]:
-    """-> the file with the bug"""
-    file, right, wrong = (PLANTED | PLANTED_BENT)[name]
+    """-> the file with it"""
+    file, right, wrong = (PLANTED | PLANTED_BENT | {"coarse": COARSE})[name]
     text = (cuda_build.source_directory() / "attention" / file).read_text()
     assert text.count(right) == 1, f"{file} has changed: so must what is planted"
     return {file: text.replace(right, wrong)}
@@ -347,9 +354,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         builder, bent = (Builder(Path(folder) / op, op) for op in ("attention", "attention_bent"))
         unchanged = builder.build("unchanged", {})
-        lives = survives(bent.build("unchanged", {}), "--run-bent")
-        if not (lives and survives(unchanged) and survives(unchanged, "--run-options")):
+        if not (survives(unchanged) and survives(unchanged, "--run-options")):
             sys.exit("the kernels fail without any change")
+        for name, edits in (("unchanged", {}), ("coarse", planted("coarse"))):
+            if not survives(bent.build(name, edits), "--run-bent"):
+                sys.exit(f"the {name} kernels with a softcap and ALiBi fail")
         bugs = [(builder, "--run-options", name, file) for name, (file, *_) in PLANTED.items()]
         bugs += [(bent, "--run-bent", name, file) for name, (file, *_) in PLANTED_BENT.items()]
         for i, (of, run, name, file) in enumerate(bugs):
