@@ -1,6 +1,7 @@
 """Our kernels as stages for the simulator's clock: recorded in small launches, at the size that is asked for."""
 
 import functools
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -50,14 +51,24 @@ def attention_tile(head_dim: int, backward: bool) -> tuple[int, int]:
     return {64: (192, 128), 96: (128, 128), 128: (128, 128), 192: (128, 112), 256: (128, 80)}[head_dim]
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+
+
 @functools.cache
 def attention_launches(
-    backend: str, tokens: int, heads: int, head_dim: int, causal: bool, window: int | None, backward: bool
+    backend: str, tokens: int, heads: int, head_dim: int, options: AttentionOptions, backward: bool
 ) -> list[timing.Recorded]:
     q, k, v, out, dout = (torch.randn(1, heads, tokens, head_dim, dtype=BF16) for _ in range(5))
     module = cuda_kernels if backend == "cuda" else triton_kernels
-    left, right = sides(causal, window)
-    call = AttentionCall(q, k, v, left=left, right=right, scale=head_dim**-0.5)
+    left, right = sides(options.causal, options.window)
+    slopes = torch.full((heads,), 0.1) if options.alibi else None
+    call = AttentionCall(q, k, v, alibi_slopes=slopes, left=left, right=right, scale=head_dim**-0.5)
+    call.softcap = options.softcap
     if not backward:
         return launches_of(lambda: module.attention_fwd(call))
     lse = torch.full((1, heads, tokens), 3.0)
@@ -65,19 +76,19 @@ def attention_launches(
 
 
 def attention(
-    tokens: int, heads: int, head_dim: int, causal: bool = True, window: int | None = None, backward: bool = False
+    tokens: int, heads: int, head_dim: int, options: AttentionOptions, backward: bool = False
 ) -> list[tiles.Stage]:
     """heads: of all sequences"""
     own, other = attention_tile(head_dim, backward)
 
     def record(tokens: int, heads: int, launch: int = int(backward)) -> timing.Recorded:
-        return attention_launches("cuda", tokens, heads, head_dim, causal, window, backward)[launch]
+        return attention_launches("cuda", tokens, heads, head_dim, options, backward)[launch]
 
-    options = {"causal": causal, "window": window, "backward": backward}
-    main = tiles.attention_stage("main", record, tokens, heads, head_dim, own, other, **options)
+    mask = {"causal": options.causal, "window": options.window, "backward": backward}
+    main = tiles.attention_stage("main", record, tokens, heads, head_dim, own, other, **mask)
     if not backward:
         return [main]
-    count = 4 if window is None else 8
+    count = 4 if options.window is None else 8
     before, after = (
         tiles.streaming(
             name,
@@ -90,7 +101,7 @@ def attention(
 
 
 def triton_attention(
-    tokens: int, heads: int, head_dim: int, causal: bool = True, window: int | None = None, backward: bool = False
+    tokens: int, heads: int, head_dim: int, options: AttentionOptions, backward: bool = False
 ) -> list[tiles.Stage]:
     def stage(kernel: str, launch: int) -> tiles.Stage:
         row = triton_launch.launch_row(kernel, 90, 2, head_dim, True)
@@ -99,11 +110,11 @@ def triton_attention(
             own, other = other, own
 
         def record(tokens: int, heads: int) -> timing.Recorded:
-            found = attention_launches("triton", tokens, heads, head_dim, causal, window, backward)
+            found = attention_launches("triton", tokens, heads, head_dim, options, backward)
             return next(r for r in found if kernel in r.kernel)
 
-        options = {"causal": causal, "window": window, "backward": kernel == "dkdv"}
-        return tiles.attention_stage(kernel, record, tokens, heads, head_dim, own, other, **options)
+        mask = {"causal": options.causal, "window": options.window, "backward": kernel == "dkdv"}
+        return tiles.attention_stage(kernel, record, tokens, heads, head_dim, own, other, **mask)
 
     return [stage("dkdv", 1), stage("dq", 2)] if backward else [stage("fwd", 0)]
 

@@ -7,8 +7,8 @@
     python benchmarks/predict.py --op cross_entropy --shape M4096,N50264
     python benchmarks/predict.py --table benchmarks/results/clock_predictions.json [--peer PATH]
 
-W in an attention shape is the window. --peer: a checkout of flash-attention, whose kernels then go through the same
-model; --table: everything that the README shows.
+In an attention shape W is the window, C a softcap and A1 ALiBi. --peer: a checkout of flash-attention, whose kernels
+then go through the same model; --table: everything that the README shows.
 """
 
 import argparse
@@ -31,7 +31,7 @@ KEYS = {
     "rms_norm": ("M", "N"),
     "cross_entropy": ("M", "N"),
 }
-
+OPTIONS = ("W", "C", "A")  # of attention
 
 # What the epilogue reads and writes of M x N, forward and backward. Forward, a gated MLP has N columns of gate and up.
 PRODUCTS = {"mlp": (2, 3), "gated_mlp": (1.5, 5)}
@@ -78,7 +78,8 @@ class Work:
         s = self.shape
         if self.op == "attention":
             make = clock_stages.attention if self.backend == "cuda" else clock_stages.triton_attention
-            return make(s["T"], s["B"] * s["H"], s["D"], window=s.get("W"), backward=self.backward)
+            options = clock_stages.AttentionOptions(window=s.get("W"), softcap=s.get("C"), alibi=bool(s.get("A")))
+            return make(s["T"], s["B"] * s["H"], s["D"], options, self.backward)
         if self.op in PRODUCTS:
             gated = self.op == "gated_mlp"
             return clock_stages.product(s["M"], s["N"], s["K"], "gelu_tanh", self.backward, gated)
@@ -90,7 +91,7 @@ class Work:
         s = self.shape
         if self.op in PRODUCTS:
             return "CUTLASS, the product alone", [calibrate.gemm_stage(s["M"], s["N"], s["K"])]
-        if self.op != "attention" or fa3 is None or "W" in s or s["D"] not in (64, 128):
+        if self.op != "attention" or fa3 is None or set(OPTIONS) & set(s) or s["D"] not in (64, 128):
             return None
         return "FlashAttention-3", fa3.stages(s["T"], s["B"] * s["H"], s["D"], backward=self.backward)
 
@@ -142,7 +143,7 @@ def show(work: Work, fa3: calibrate.Fa3Stages | None) -> None:
 def parse_shape(op: str, text: str) -> dict[str, int]:
     found = re.findall(r"([A-Z])(\d+)", text)
     shape = {name: int(value) for name, value in found}
-    allowed = KEYS[op] + (("W",) if op == "attention" else ())
+    allowed = KEYS[op] + (OPTIONS if op == "attention" else ())
     if "".join(f"{n}{v}" for n, v in found) != text.replace(",", "") or not set(KEYS[op]) <= set(shape) <= set(allowed):
         raise SystemExit(f"--shape of {op} is {','.join(f'{name}<number>' for name in KEYS[op])}, got {text}")
     return shape

@@ -312,6 +312,14 @@ def test_explain_says_whether_gradients_repeat(hopper):
         torch.use_deterministic_algorithms(False)
 
 
+def test_explain_runs_what_bends_scores(hopper):
+    q, k, v = leaves(hopper, 1, 2, 2, 64, 64, 256, torch.float16).values()
+    slopes = torch.tensor([0.5, 0.1], device=hopper.device)
+    for options in ({"softcap": 50.0}, {"alibi_slopes": slopes}, {"softcap": 50.0, "alibi_slopes": slopes}):
+        told = gk.explain(gk.attention, q, k, v, **options, backend="cuda")
+        assert (told.backend, told.reasons) == ("cuda", {})
+
+
 def test_gradient_expanded_from_one_number(hopper):
     tensors = leaves(hopper, 1, 2, 2, 70, 70, 64, torch.float16)
     assert_attention_parity(tensors, window=9)

@@ -11,7 +11,7 @@ if not cuda_build.find_nvcc():
     pytest.skip("needs nvcc", allow_module_level=True)
 
 import mutate_attention
-from mutate_attention import PLANTED, PLANTED_BENT, TILES_BY_BLOCK_INDEX
+from mutate_attention import COARSE, PLANTED, PLANTED_BENT, TILES_BY_BLOCK_INDEX
 from planted import Planted, removals, with_switches
 
 EVERY = 12
@@ -39,10 +39,11 @@ def kernels(tmp_path_factory):
 
 
 def test_bugs_in_a_softcap_and_alibi_are_caught(tmp_path):
-    bugs = {name: (PLANTED_BENT[name],) for name in BENT}
+    bugs = {"coarse": (COARSE,), **{name: (PLANTED_BENT[name],) for name in BENT}}
     with Planted(tmp_path, "attention_bent", mutate_attention.__file__, bugs) as kernels:
         assert kernels.survives(None, "bent")
-        assert [name for name in bugs if kernels.survives(name, "bent")] == []
+        assert kernels.survives("coarse", "bent")
+        assert [name for name in BENT if kernels.survives(name, "bent")] == []
 
 
 def test_what_is_planted_elsewhere_fits_the_sources():

@@ -53,6 +53,7 @@ def test_work_counts_flops_and_bytes(predict):
         ("attention", "B1,H2,T1024,D128", False),
         ("attention", "B1,H2,T1024,D64", True),
         ("attention", "B1,H2,T2048,D64,W128", False),
+        ("attention", "B1,H2,T1024,D256,C50", True),
         ("mlp", "M2048,N1024,K512", False),
         ("mlp", "M2048,N1024,K512", True),
         ("mlp", "M16384,N4096,K16384", False),

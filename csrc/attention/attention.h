@@ -16,11 +16,11 @@ struct AttentionShape {
     int q_len, k_len;     // rows of all documents together, with cu_seqlens
     int head_dim;         // a multiple of 8, at most 256
     int left, right;
-    float scale;              // positive
-    float softcap;            // of scores, 0: none
-    const int* key_start;     // (batch,) or null
-    const int* cu_seqlens;    // (batch + 1,) or null
-    const int* cu_seqlens_k;  // as cu_seqlens, or null: the same
+    float scale;                // positive
+    float softcap;              // of scores; 0: none
+    const int* key_start;       // (batch,) or null
+    const int* cu_seqlens;      // (batch + 1,) or null
+    const int* cu_seqlens_k;    // as cu_seqlens, or null: the same
     const float* alibi_slopes;  // (heads,), or (batch, heads), or null
     int slope_stride;           // from one batch entry to the next
 };

@@ -45,13 +45,13 @@ GK_DEVICE void cap_scores(float (&s)[R], const AttentionBend& bend) {
     for (int i = 0; i < R; ++i) s[i] = tanh_in_units<T>(s[i] * bend.tanh_factor);
 }
 
-// How far score i of a thread is from the diagonal; its rows' first columns are `first` from there.
-GK_DEVICE float diagonal_distance(const float (&first)[2], int i) {
-    return fabsf(first[i / 2 % 2] - float(i / 4 * 8 + i % 2));
+// How far score i of a thread is from the diagonal; the first columns of its two rows are `first` from there.
+GK_DEVICE float diagonal_distance(float2 first, int i) {
+    return fabsf((i / 2 % 2 ? first.y : first.x) - float(i / 4 * 8 + i % 2));
 }
 
 template <int R>
-GK_DEVICE void subtract_distances(float (&s)[R], float slope, const float (&first)[2]) {
+GK_DEVICE void subtract_distances(float (&s)[R], float slope, float2 first) {
     if (slope == 0.f) return;
 #pragma unroll
     for (int i = 0; i < R; ++i) s[i] = fmaf(-slope, diagonal_distance(first, i), s[i]);

@@ -75,8 +75,8 @@ struct AttentionBwdConsumer {
         kv_place.advance();
         if (shape.cu_seqlens && (tile.block + 1) * Traits::kBlockN > tile.k_len)
             clear_after<Traits::kBlockN>(shared.k, shared.v, tile.k_len - tile.block * Traits::kBlockN);
-        for_each_query_block<HeadDim>(args, tile,
-                                      [&](int head, int m, int64_t dq_slot) { work_on(tile, head, m, dq_slot, common); });
+        for_each_query_block<HeadDim>(
+            args, tile, [&](int head, int m, int64_t dq_slot) { work_on(tile, head, m, dq_slot, common); });
     }
 
     // One block of queries.
@@ -238,7 +238,7 @@ struct AttentionBwdConsumer {
     // are in registers together.
     template <bool kCapped, bool kAlibi>
     GK_DEVICE void exponentiate_bent(uint32_t (&probabilities)[kScores / 2], float (&scores)[kScores],
-                                     const float (&first)[2], float slope, uint32_t (*packed)[kScores / 2],
+                                     float2 first, float slope, uint32_t (*packed)[kScores / 2],
                                      const float (*dp)[kScores]) {
         const float2* minus_lse = statistics(shared.lse);
 #pragma unroll
@@ -259,10 +259,9 @@ struct AttentionBwdConsumer {
         }
     }
 
-    GK_DEVICE void exponentiate_bent(uint32_t (&probabilities)[kScores / 2], float (&scores)[kScores], float2 distances,
+    GK_DEVICE void exponentiate_bent(uint32_t (&probabilities)[kScores / 2], float (&scores)[kScores], float2 first,
                                      float slope, uint32_t (*packed)[kScores / 2] = nullptr,
                                      const float (*dp)[kScores] = nullptr) {
-        const float first[2] = {distances.x, distances.y};
         if (args.bend.tanh_factor == 0.f)
             exponentiate_bent<false, true>(probabilities, scores, first, slope, packed, dp);
         else if (slope == 0.f)
