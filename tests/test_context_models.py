@@ -1,5 +1,8 @@
 """Models of transformers whose sequences are cut between processes: the losses, logits and gradients of one."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -160,3 +163,35 @@ def test_what_is_refused(gang):
         assert len(found) == len(expected)
         for said, start in zip(found, expected, strict=True):
             assert said.startswith(start)
+
+
+def readme_example(text: str) -> tuple[float, float]:
+    """-> the means over the ranks of the two losses"""
+    tokens, targets = batch()
+    namespace: dict = {"gk": gk, "torch": torch, "tokens": tokens, "targets": targets, "llama": made("llama").eval()}
+    namespace["model"] = small_gpt()
+    first, second = text.split("\n\n")
+    found = []
+    for part in (first, second):
+        exec(compile(part, "README.md", "exec"), namespace)
+        loss = namespace["loss"].detach()
+        torch.distributed.all_reduce(loss)
+        found.append(loss.item() / 4)
+    return tuple(found)
+
+
+def test_the_example_in_the_readme():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    (text,) = [text for text in re.findall(r"```py\n(.*?)```", readme, flags=re.S) if "parallel.context(" in text]
+    tokens, targets = batch()
+    torch.manual_seed(0)
+    llama = made("llama").eval()
+    expected = small_gpt()(tokens, targets).item(), llama(tokens, labels=tokens).loss.item()
+    with Gang(4) as four:
+        for found in four.run("test_context_models:readme_example", text):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def small_gpt() -> gk.GPT:
+    torch.manual_seed(0)
+    return gk.GPT(gk.GPTConfig(vocabulary=VOCABULARY, context=32, layers=2, width=32, heads=2))
