@@ -289,7 +289,7 @@ def trained(parallel: str, out: str | None, config: dict, resume: bool = False) 
         model.load_state_dict(state["model"])
     workers = Workers(parallel, "cpu")
     options = TrainOptions(
-        steps=30 if resume else 20, batch=8, micro_batch=2, learning_rate=3e-3, warmup=5, log_every=1
+        steps=25 if resume else 20, batch=8, micro_batch=4, learning_rate=3e-3, warmup=5, log_every=1
     )
     tokens = torch.arange(5000).remainder(13).mul(5).remainder(64).numpy()
     trainer = Trainer(model, Text(tokens, 32, 64), options, workers=workers, out=out)

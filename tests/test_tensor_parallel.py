@@ -114,10 +114,10 @@ ODD = {
 
 @pytest.mark.parametrize(
     ("parallel", "config"),
-    [("tp=4", {}), ("fsdp,tp=2", {}), ("fsdp,tp=2", ODD | {"tied": False}), ("fsdp,tp=2", {"norm": "post"})],
+    [("tp=4", {}), ("fsdp,tp=2", ODD | {"tied": False}), ("fsdp,cp=2,tp=2", {})],
 )
 def test_training_is_one_process_s(four, tmp_path, parallel, config):
-    """Twenty steps, and ten more from the checkpoint; that one loads in one process, which goes on alike."""
+    """Twenty steps, and five more from the checkpoint, which is one process's."""
     one, several = str(tmp_path / "one"), str(tmp_path / "several")
     for resume in (False, True):
         expected = cases.trained("none", one, config, resume)
