@@ -85,15 +85,20 @@ def truth_of(model: gk.GPT, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return loss, logits, twin
 
 
-def compare(name: str, sequence: bool, tokens: int = TOKENS) -> None:
+def compare(name: str, sequence: bool, tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> None:
     """Loss, logits and every gradient, each with at most twice one process's error"""
-    one, several = whole(**CONFIGS[name]), cut(sequence, **CONFIGS[name])
+    one = whole(**CONFIGS[name]).to(dtype)
+    several = gk.parallel.tensor(whole(**CONFIGS[name]).to(dtype), mesh(), sequence=sequence)
     inputs = batch(tokens=tokens)
     truth, true_logits, twin = truth_of(one, *inputs)
     losses = [model(*inputs) for model in (one, several)]
     for loss in losses:
         loss.backward()
-    check(f"{name}: loss", losses[1], truth, losses[0])
+    if dtype == torch.float32:  # a mean of rounded numbers is off by luck
+        check(f"{name}: loss", losses[1], truth, losses[0])
+    true_losses = F.cross_entropy(true_logits.mT, inputs[1], reduction="none")
+    each = [model(*inputs, reduction="none") for model in (several, one)]
+    check(f"{name}: losses of tokens", each[0], true_losses, each[1])
     check(f"{name}: logits", several(inputs[0]), true_logits, one(inputs[0]))
     truths, ordinary, found = (gradients(model) for model in (twin, one, several))
     assert found.keys() == ordinary.keys()
@@ -107,6 +112,21 @@ def compare_all(names: list[str]) -> None:
             compare(name, sequence)
     # Rows that do not divide are not cut.
     compare(names[0], True, tokens=TOKENS - 1)
+    for sequence in (True, False):
+        compare("gpt3", sequence, dtype=torch.bfloat16)
+
+
+def under_autocast(sequence: bool) -> tuple[float, float, float]:
+    """-> the losses in float32 of one process, and in bfloat16 of one and of all"""
+    one, several = whole(), cut(sequence)
+    losses = [one(*batch()).item()]
+    for model in (one, several):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*batch())
+        loss.backward()
+        losses.append(loss.item())
+    assert gradients(several).keys() == {name for name, _ in one.named_parameters()}
+    return losses[0], losses[1], losses[2]
 
 
 def with_padding() -> None:

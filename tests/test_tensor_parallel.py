@@ -31,6 +31,12 @@ def test_four_processes_equal_one(four):
     four.run("tensor_cases:compare_all", [name for name in cases.CONFIGS if name != "llama"])
 
 
+@pytest.mark.parametrize("sequence", [True, False])
+def test_autocast(two, sequence):
+    for exact, one, several in two.run("tensor_cases:under_autocast", sequence):
+        assert abs(several - exact) <= 2 * abs(one - exact) + 1e-3
+
+
 def test_padded_rows_and_losses_of_each_token(two):
     two.run("tensor_cases:with_padding")
 
