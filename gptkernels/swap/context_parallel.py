@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..parallel.shards import Shard, shard_of
+from ..parallel.shards import Shard, connect, shard_of
 from . import interface
 from .modules import Family, Foreign
 from .report import Left
@@ -40,6 +40,7 @@ def shard_for(model: nn.Module, mesh, found: dict[str, list[Family]], left: list
         raise ValueError(
             f"context_parallel must be None for {name}: not all of its attention is ours {unreplaced or ''}"
         )
+    connect(shard.group, mesh.device_type)
     return shard
 
 
