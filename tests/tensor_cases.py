@@ -1,6 +1,7 @@
 """What each process of a gang does in tests of tensor parallelism: our GPT cut between ranks against the whole one."""
 
 import contextlib
+import io
 from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkernels as gk
+from gptkernels import cli
 from gptkernels.models import checkpoint
 from gptkernels.models.data import Text
 from gptkernels.models.parallel import Workers
@@ -316,3 +318,11 @@ def trained(parallel: str, out: str | None, config: dict, resume: bool = False) 
     if state is not None:
         trainer.resume(state)
     return [record.loss for record in trainer.train()]
+
+
+def written(folder: str) -> str:
+    """What `gptkernels generate` prints"""
+    words = ["--checkpoint", folder, "--prompt", "ab", "--tokens", "12", "--device", "cpu", "--parallel", "tp"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli.main(["generate", *words]) == 0
+    return out.getvalue()

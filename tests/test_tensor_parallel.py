@@ -5,7 +5,8 @@ import tensor_cases as cases
 import torch
 from gang import Gang
 
-from gptkernels.models import checkpoint
+from gptkernels import cli
+from gptkernels.models import GPT, GPTConfig, checkpoint
 
 WIDTH, ROWS = cases.SIZES["width"], cases.ROWS * cases.TOKENS
 HALF = ["gpt2", "albert", "llama"]
@@ -158,4 +159,30 @@ def test_a_cut_model_is_not_cut_again(two):
     assert (
         two.run("tensor_cases:refused_twice")
         == ["model must not be cut or sharded already: gk.parallel.tensor comes before fully_shard"] * 2
+    )
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_models_of_transformers_on_four(four, name):
+    pytest.importorskip("transformers")
+    four.run("tensor_hf_cases:compare", name, True)
+    assert four.run("tensor_hf_cases:generated", name) == [(True, True, [1, 1])] * 4
+
+
+def test_generate_writes_what_one_process_does(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = GPTConfig(vocabulary=256, context=32, layers=2, width=64, heads=4, pattern=("dense", "banded"), window=8)
+    state = {"config": checkpoint.describe(config), "model": GPT(config).state_dict(), "tokenizer": {"kind": "bytes"}}
+    checkpoint.save(tmp_path / checkpoint.NAME, state)
+    alone = ["--checkpoint", str(tmp_path), "--prompt", "ab", "--tokens", "12", "--device", "cpu"]
+    assert cli.main(["generate", *alone]) == 0
+    with Gang(2) as gang:  # of its own: the command ends its process group
+        assert gang.run("tensor_cases:written", str(tmp_path)) == [capsys.readouterr().out, ""]
+
+
+def test_generate_in_several_processes_asks_for_tp(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["generate", "--checkpoint", str(tmp_path), "--prompt", "a"]) == 2
+    assert capsys.readouterr().err == (
+        "gptkernels generate: several processes need --parallel tp: without, each would do the same\n"
     )
