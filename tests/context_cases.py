@@ -11,11 +11,12 @@ from torch import Tensor
 from wire import counted
 
 import gptkernels as gk
+from gptkernels import simulator
 from gptkernels.parallel import exchange, layout
 
 # Of a case, what is no argument of attention
 SHAPE = {"batch": 2, "heads": 4, "kv_heads": 2, "tokens": 64, "size": 16, "dtype": "float32", "layout": "contiguous"}
-SHAPE |= {"method": "auto", "slopes": None, "sinks": False, "seed": 0}
+SHAPE |= {"method": "auto", "slopes": None, "sinks": False, "seed": 0, "backend": "auto"}
 
 
 def split_case(case: dict) -> tuple[dict, dict]:
@@ -70,7 +71,7 @@ def attention_of_shard(mesh, case: dict) -> dict:
     parts = [gk.parallel.shard_sequence(x, mesh, dims[i], shape["layout"]) for i, x in enumerate(cotangents)]
     with gk.parallel.context(mesh, shape["layout"], shape["method"]):
         with counted() as forward:
-            outputs = gk.attention(**own, **options)
+            outputs = gk.attention(**own, **options, backend=shape["backend"])
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         with counted() as backward:
             torch.autograd.backward(outputs, parts)
@@ -80,6 +81,12 @@ def attention_of_shard(mesh, case: dict) -> dict:
         "forward": dict(+forward),
         "backward": dict(+backward),
     }
+
+
+def simulated_attention(cases: list[dict]) -> list[dict]:
+    """As attention_of_shards, as kernels run it on compute capability 9.0"""
+    with simulator.use(90):
+        return attention_of_shards(cases)
 
 
 def attention_with(fault: str, cases: list[dict]) -> list[dict]:

@@ -1,6 +1,7 @@
 """Calls of every op on DTensors, made in each process of a gang and compared with the op on whole tensors."""
 
 import math
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gptkernels as gk
+from gptkernels.parallel import sharding
 
 B, T, H, HKV, D, C, F, V = 4, 8, 8, 4, 16, 24, 32, 62
 R = Replicate()
@@ -233,3 +235,23 @@ def refused(name: str) -> str:
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def whole(placement: Placement) -> Placement:
+    return placement if isinstance(placement, Shard) else R
+
+
+def is_caught(bug: str) -> bool:
+    """Whether an op with this mistake is told from the right one"""
+    patches = {
+        "the residual on every rank": (sharding.Once, "apply", lambda x: x),
+        "no partial gradients": (sharding.Call, "gradient", lambda call, placement, strategy: whole(placement)),
+        "every rank's own mean": (sharding, "mean_loss", lambda op, local, groups: op(**local)),
+    }
+    with mock.patch.object(*patches[bug]):
+        try:
+            for name in ("mlp", "rms_norm", "loss"):
+                every_placement(name)
+        except AssertionError:
+            return True
+    return False

@@ -73,6 +73,8 @@ NUMBERS = [
     ("train", "--context", "0", "a whole number, at least 1"),
     ("generate", "--tokens", "0", "a whole number, at least 1"),
     ("generate", "--temperature", "nan", "a finite number >= 0"),
+    ("generate", "--parallel", "fsdp", "none, tp or tp=N"),
+    ("generate", "--parallel", "tp=2,cp=2", "none, tp or tp=N"),
     ("generate", "--top-p", "0", "a finite number > 0 and <= 1"),
     ("few-shot", "--shots", "-1", "a whole number, at least 0"),
     ("bench", "--seconds", "0", "a finite number > 0"),

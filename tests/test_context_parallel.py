@@ -6,6 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from conftest import Where
 from context_cases import FAULTS, SHAPE, split_case, tensors_of
 from gang import Gang
 from parity import check
@@ -190,6 +191,27 @@ def test_documents_that_end_with_shards_send_nothing(gangs):
     case = {"window": 9, "cu_seqlens": [0, 16, 32, 48, 64]}
     for rank in gangs(4).run("context_cases:attention_of_shards", [case]):
         assert rank[0]["forward"] == rank[0]["backward"] == {}
+
+
+KERNELS = [
+    {"window": (5, 3), "causal": False},
+    {"window": 9, "layout": "zigzag", "return_lse": True},
+    {"layout": "zigzag", "sinks": True},
+    {"method": "ring", "layout": "zigzag"},
+    {"window": 10, "cu_seqlens": [0, 9, 50, 64]},
+    {"window": 10, "key_start": [0, 37]},
+]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_kernels_take_parts_of_shards(gangs, backend):
+    Where("simulator", 90).require(backend)
+    # Triton compiles anew for each kind of mask, which takes long: only the one with queries of nothing.
+    kinds = KERNELS if backend == "cuda" else KERNELS[:1]
+    cases = [case | {"backend": backend, "dtype": "bfloat16", "seed": n} for n, case in enumerate(kinds)]
+    ranks = gangs(2).run("context_cases:simulated_attention", cases, timeout_s=240)
+    for number, case in enumerate(cases):
+        assert_equals_one_process(case, 2, [rank[number] for rank in ranks])
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -51,6 +51,11 @@ def test_the_usual_placements_move_nothing(gang, name, placements, results):
     assert gang.run("sharding_cases:moves_nothing", name, placements)[0] == [str(each) for each in results]
 
 
+@pytest.mark.parametrize("bug", ["the residual on every rank", "no partial gradients", "every rank's own mean"])
+def test_planted_bugs_are_caught(gang, bug):
+    assert gang.run("sharding_cases:is_caught", bug) == [True] * 4
+
+
 def test_a_norm_s_weight_has_a_partial_gradient(gang):
     assert gang.run("sharding_cases:gradient_of_weight")[0] == str(Partial())
 

@@ -5,7 +5,8 @@ import tensor_cases as cases
 import torch
 from gang import Gang
 
-from gptkernels.models import checkpoint
+from gptkernels import cli
+from gptkernels.models import GPT, GPTConfig, checkpoint
 
 WIDTH, ROWS = cases.SIZES["width"], cases.ROWS * cases.TOKENS
 HALF = ["gpt2", "albert", "llama"]
@@ -29,6 +30,12 @@ def test_two_processes_equal_one(two):
 
 def test_four_processes_equal_one(four):
     four.run("tensor_cases:compare_all", [name for name in cases.CONFIGS if name != "llama"])
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_autocast(two, sequence):
+    for exact, one, several in two.run("tensor_cases:under_autocast", sequence):
+        assert abs(several - exact) <= 2 * abs(one - exact) + 1e-3
 
 
 def test_padded_rows_and_losses_of_each_token(two):
@@ -114,10 +121,10 @@ ODD = {
 
 @pytest.mark.parametrize(
     ("parallel", "config"),
-    [("tp=4", {}), ("fsdp,tp=2", {}), ("fsdp,tp=2", ODD | {"tied": False}), ("fsdp,tp=2", {"norm": "post"})],
+    [("tp=4", {}), ("fsdp,tp=2", ODD | {"tied": False}), ("fsdp,cp=2,tp=2", {})],
 )
 def test_training_is_one_process_s(four, tmp_path, parallel, config):
-    """Twenty steps, and ten more from the checkpoint; that one loads in one process, which goes on alike."""
+    """Twenty steps, and five more from the checkpoint, which is one process's."""
     one, several = str(tmp_path / "one"), str(tmp_path / "several")
     for resume in (False, True):
         expected = cases.trained("none", one, config, resume)
@@ -152,4 +159,30 @@ def test_a_cut_model_is_not_cut_again(two):
     assert (
         two.run("tensor_cases:refused_twice")
         == ["model must not be cut or sharded already: gk.parallel.tensor comes before fully_shard"] * 2
+    )
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Llama"])
+def test_models_of_transformers_on_four(four, name):
+    pytest.importorskip("transformers")
+    four.run("tensor_hf_cases:compare", name, True)
+    assert four.run("tensor_hf_cases:generated", name) == [(True, True, [1, 1])] * 4
+
+
+def test_generate_writes_what_one_process_does(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = GPTConfig(vocabulary=256, context=32, layers=2, width=64, heads=4, pattern=("dense", "banded"), window=8)
+    state = {"config": checkpoint.describe(config), "model": GPT(config).state_dict(), "tokenizer": {"kind": "bytes"}}
+    checkpoint.save(tmp_path / checkpoint.NAME, state)
+    alone = ["--checkpoint", str(tmp_path), "--prompt", "ab", "--tokens", "12", "--device", "cpu"]
+    assert cli.main(["generate", *alone]) == 0
+    with Gang(2) as gang:  # of its own: the command ends its process group
+        assert gang.run("tensor_cases:written", str(tmp_path)) == [capsys.readouterr().out, ""]
+
+
+def test_generate_in_several_processes_asks_for_tp(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["generate", "--checkpoint", str(tmp_path), "--prompt", "a"]) == 2
+    assert capsys.readouterr().err == (
+        "gptkernels generate: several processes need --parallel tp: without, each would do the same\n"
     )

@@ -1,7 +1,8 @@
 """`gptkernels generate`: continues a prompt with a trained model, token by token."""
 
 import codecs
-from argparse import ArgumentParser, Namespace
+import os
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -9,10 +10,12 @@ import torch
 from .. import arguments
 from ..arguments import number, whole
 from ..failures import UsageError
+from ..parallel import mesh
 from . import checkpoint
 from .data import Tokenizer
 from .generation import stream
 from .gpt import GPT
+from .parallel import Workers
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,11 +31,36 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--top-p", type=number(above=0, at_most=1), help="... from those that reach P together")
     parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, where the checkpoint has none")
+    parser.add_argument(
+        "--parallel", default="none", type=of_tensors, metavar="HOW", help="under torchrun: tp cuts every layer"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
+def of_tensors(text: str) -> str:
+    """The type of an argument: none, or tensor parallelism alone"""
+    if text != "none" and not (text.startswith("tp") and "," not in text):
+        raise ArgumentTypeError(f"must be none, tp or tp=N, not {text!r}")
+    return mesh.accepted(text)
+
+
 def run(options: Namespace) -> int:
-    model, tokenizer = load(options.checkpoint, options.tokenizer, options.device)
+    if options.parallel == "none":
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UsageError("several processes need --parallel tp: without, each would do the same")
+        model, tokenizer = load(options.checkpoint, options.tokenizer, options.device)
+        return generate(options, model, tokenizer)
+    workers = Workers(options.parallel, options.device)
+    try:
+        # No device has to hold all of it.
+        model, tokenizer = load(options.checkpoint, options.tokenizer, "cpu")
+        workers.cut(model, sequence=False)
+        return generate(options, model.to(workers.device), tokenizer, show=workers.rank == 0)
+    finally:
+        workers.close()
+
+
+def generate(options: Namespace, model: GPT, tokenizer: Tokenizer, show: bool = True) -> int:
     device = model.embedding.token.weight.device
     prompt = torch.tensor(tokenizer.encode(options.prompt), dtype=torch.int64, device=device)
     room = model.config.context - len(prompt)
@@ -49,10 +77,11 @@ def run(options: Namespace) -> int:
         top_p=options.top_p,
         generator=torch.Generator(device).manual_seed(options.seed),
     )
-    print(options.prompt, end="", flush=True)
+    shown = print if show else lambda *_, **__: None
+    shown(options.prompt, end="", flush=True)
     for piece in pieces(tokenizer, prompt.tolist(), (int(chosen) for chosen in steps)):
-        print(piece, end="", flush=True)
-    print()
+        shown(piece, end="", flush=True)
+    shown()
     return 0
 
 

@@ -92,11 +92,11 @@ class Workers:
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype) -> nn.Module:
         """The model on this worker's device; blocks: what FSDP gathers one at a time."""
+        if self.split.tp != 1:
+            model = self.cut(model)  # before any device has to hold all of it
         model = model.to(self.device)
         if self.mesh is None:
             return model
-        if self.split.tp != 1:
-            model = self.cut(model)
         mesh = data_mesh(self.mesh)
         if self.kind == "ddp" and mesh.size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -111,8 +111,8 @@ class Workers:
             fully_shard(model, mesh=mesh, mp_policy=policy)  # in place
         return model
 
-    def cut(self, model: nn.Module) -> nn.Module:
-        """Its layers between the workers along tp"""
+    def cut(self, model: nn.Module, sequence: bool = True) -> nn.Module:
+        """Its layers between the workers along tp. sequence: see gptkernels.parallel.tensor"""
         assert self.mesh is not None
         if self.kind == "ddp" and self.shares > 1:
             raise UsageError(f"--parallel {self.split.text} must be fsdp,...: ddp has no room for cut parameters")
@@ -121,7 +121,7 @@ class Workers:
                 f"--parallel {self.split.text} must have no tp for --task, which tensor parallelism has not"
             )
         try:
-            return tensor(model, self.mesh["tp"])
+            return tensor(model, self.mesh["tp"], sequence=sequence)
         except ValueError as error:
             raise UsageError(f"--parallel {self.split.text}: {error}") from None
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import hardware
 from ..arguments import SEEDS
+from ..failures import UsageError
 from ..parallel.layout import Layout
 from . import checkpoint, cost
 from .gpt import GPT
@@ -165,6 +166,8 @@ class Trainer:
         self.dtype = getattr(torch, options.dtype)
         self.model = self.workers.wrap(model, list(self.gpt.blocks), self.dtype)
         if options.compile:
+            if self.workers.split.tp != 1:
+                raise UsageError("--compile must be off with tp: torch.compile cannot trace a model that is cut")
             self.model.compile()
         self.optimizer = make_optimizer(self.model, options)
         self.noise, self.step = NoiseScale(), 0

@@ -8,7 +8,7 @@ import torch
 
 from ..dispatch import instead
 from .attention import shard_attention
-from .shards import Shard, become, refuse, shard_of
+from .shards import Shard, become, connect, refuse, shard_of
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def context(mesh, layout: str = "contiguous", method: str = "auto") -> Iterator[
         rank's at a time, "auto" gathers up to RING_BYTES.
     Gradients are those of a rank's own loss: what DistributedDataParallel or FSDP averages over the ranks is right."""
     shard = shard_of(mesh, layout, method)
+    connect(shard.group, mesh.device_type)
     before = become(shard)
     others = {
         "attention": torch.compiler.disable(partial(shard_attention, shard)),

@@ -1,5 +1,6 @@
 """Which shard of the sequence this process has, inside gptkernels.parallel.context: what the ops and the models ask."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -73,6 +74,14 @@ def shard_of(mesh, layout: str, method: str = "auto") -> Shard:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     return Shard(mesh.get_group(), mesh.get_local_rank(), Layout(mesh.size(), layout), method)
+
+
+@functools.cache
+def connect(group, device_type: str) -> None:
+    """NCCL's first message between two ranks of a group makes connections between all of them, which have to be there:
+    a first sum has everybody, where some have nothing to send."""
+    if device_type == "cuda":
+        dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
 
 @dataclass

@@ -108,13 +108,8 @@ class ReduceRows(torch.autograd.Function):
         return None, gathered(ctx.ranks, grad)
 
 
-class CollectRows(torch.autograd.Function):
-    """As GatherRows, where all ranks have the whole gradient."""
-
-    @staticmethod
-    def forward(ctx, ranks, x):
-        ctx.ranks = ranks
-        return gathered(ranks, x)
+class CollectRows(GatherRows):
+    """Where all ranks have the whole gradient"""
 
     @staticmethod
     def backward(ctx, grad):

@@ -55,20 +55,24 @@ def cut_model(model: Foreign, ranks: Ranks) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = isinstance(embedding, nn.Embedding) and (head is None or isinstance(head, nn.Linear))
     part = Vocabulary(ranks, embedding.num_embeddings) if ends else None
-    given = inputs(model)
-    with torch.no_grad(), undisturbed(model):
-        before = model(**given, use_cache=False)["logits"]
+    before = logits_of(model)
     for path, styles in units.items():
         cut_unit(model.get_submodule(path), styles, ranks)
     if part is not None:
         cut_ends(embedding, head, part)
     whole_everywhere(model, ranks)
     model.generate = agreeing(model.generate, ranks)
-    with torch.no_grad(), undisturbed(model):
-        after = model(**given, use_cache=False)["logits"]
+    model.to(torch.device(ranks.mesh.device_type))  # the buffers, which nothing has cut
+    after = logits_of(model)
     allowed = TOLERANCE.get(before.dtype, 1e-4) * float(before.abs().max())
     if not float((after - before).abs().max()) <= allowed:
         raise RuntimeError(f"model {type(model).__name__} has other logits when it is cut by its plan: load it again")
+
+
+def logits_of(model: Foreign) -> Tensor:
+    """Of a few tokens, on the CPU"""
+    with torch.no_grad(), undisturbed(model):
+        return model(**inputs(model), use_cache=False)["logits"].cpu()
 
 
 def plan_of(model: Foreign) -> dict[str, str]:

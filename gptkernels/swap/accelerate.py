@@ -15,6 +15,7 @@ from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp as mlp_op
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
+from . import context_parallel as cutting
 from . import interface
 from .families import PARTS
 from .gated_mlps import FORMULAS
@@ -37,6 +38,7 @@ def accelerate(
     mlp: bool = True,
     loss: bool = True,
     backend: str = "auto",
+    context_parallel=None,
 ) -> Report:
     """Runs the model's attention, rotary positions, norms, MLPs and loss on our kernels, in place.
 
@@ -51,6 +53,10 @@ def accelerate(
     loss: in training, with labels, transformers' causal language models give the loss without making the logits, and
         `logits` of their output is None. In evaluation both are there.
     backend: for every op: "auto", "cuda", "triton" or "eager".
+    context_parallel: a DeviceMesh of one dimension, such as mesh["cp"], whose ranks cut sequences between them: the
+        input_ids and labels of a causal transformers model are then this rank's shard (parallel.shard_sequence,
+        contiguous). Positions and labels reach across the shards, and the mean over the ranks of the losses, and of the
+        gradients, is that of the whole.
     """
     check_arguments(model, window, layers, attention, norm, mlp, loss, backend)
     enabled = {part for part, on in zip(PARTS, (attention, norm, mlp, loss), strict=True) if on}
@@ -66,14 +72,17 @@ def accelerate(
     if window is not None and (dense or not attentions):
         raise ValueError(f"window must be None for this model: not all of its attention can have one{listed(dense)}")
     banded = chosen_layers(attentions, layers) if window is not None else set()
+    shard = None if context_parallel is None else cutting.shard_for(model, context_parallel, found, left)
     rows = []
     undo_configs = interface.switch(modules, configs)
     for path, families in found.items():
-        settings = Settings(window if path in banded else None, backend)
+        settings = Settings(window if path in banded else None, backend, shard)
         rows += [replaced_row(path, modules[path], family, settings) for family in families]
         replace(modules[path], tuple(family.name for family in families), settings)
+    unhook = (lambda: None) if shard is None else cutting.add_hook(model, shard)
 
     def undo() -> None:
+        unhook()
         for path in found:
             check_restorable(modules[path])
         for path in found:

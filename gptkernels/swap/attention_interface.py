@@ -6,6 +6,7 @@ Imports transformers, so gptkernels itself imports this module only when it is a
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.output_capturing import _active_collector
 
-from . import masks
+from . import cut_attention, masks
 from .masks import Mask, Unrepresentable
 from .modules import settings_of
 
@@ -192,14 +193,17 @@ def gptkernels_attention(
         return sdpa_attention_forward(module, query, key, value, dense, dropout, scaling, is_causal=False, **others)
     settings = settings_of(module)
     sinks = s_aux if s_aux is None or s_aux.dtype == torch.float32 else s_aux.to(query.dtype)
-    out = masks.attend(
-        *(query, key, value, mask),
-        scale=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        sinks=sinks,
-        backend=settings.backend,
-    )
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "dropout": dropout,
+        "softcap": softcap,
+        "sinks": sinks,
+        "backend": settings.backend,
+    }
+    if cut_attention.is_cut(settings.shard):
+        out = cut_attention.attend(settings.shard, query, key, value, mask, **options)
+    else:
+        out = masks.attend(query, key, value, mask, **options)
     return out.transpose(1, 2), None
 
 

@@ -20,6 +20,7 @@ class Settings:
 
     window: int | None = None
     backend: str = "auto"
+    shard: Any = None  # a gptkernels.parallel.shards.Shard, where the model's input is one
 
 
 @dataclass(frozen=True)
