@@ -26,6 +26,7 @@ TINY = {
     "mlp": {"M": 21, "N": 16},
     "linear_cross_entropy": {"M": 21, "N": 16, "V": 101, "C": 5},
     "linear_log_probs": {"M": 21, "N": 16, "V": 101},
+    "linear_kl_div": {"M": 21, "N": 16, "V": 101},
     "gated_mlp": {"M": 21, "N": 16, "F": 40},
 }
 

@@ -9,6 +9,7 @@ Useful work, per pass, whatever a kernel really does (s = bytes per element):
     rope            3 FLOPs per element each way; queries and keys read and written once, their tables read once
     mlp             4 M N F FLOPs forward, 8 M N F backward; gated_mlp 6 and 12
     loss            2 M N V FLOPs without gradients, 6 M N V with (they are made in the same pass)
+    kl_div          as log_probs, and 2 M N V for the teacher's logits forward
     log_probs       2 M N V FLOPs forward, 4 M N V backward; nothing of the size of the logits is kept between them
 Bytes: each input is read once, each output and each tensor kept for backward is written once, and read once there.
 """
@@ -33,6 +34,8 @@ from ..ops.layer_norm import add_layer_norm, layer_norm
 from ..ops.layer_norm import reference as layer_norm_reference
 from ..ops.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 from ..ops.linear_cross_entropy import reference as loss_reference
+from ..ops.linear_kl_div import linear_kl_div
+from ..ops.linear_kl_div import reference as distillation_reference
 from ..ops.mlp import mlp
 from ..ops.mlp import reference as mlp_reference
 from ..ops.rms_norm import add_rms_norm, rms_norm
@@ -103,6 +106,12 @@ OPS = {
         {"M": 4096, "N": 768, "V": 50257},
         "M rows, N width, V vocabulary",
     ),
+    "linear_kl_div": Op(
+        linear_kl_div,
+        distillation_reference.linear_kl_div,
+        {"M": 4096, "N": 768, "V": 50257},
+        "M rows, N width of student and teacher, V vocabulary",
+    ),
 }
 
 
@@ -162,7 +171,8 @@ class Case:
     def kwargs(self) -> dict:
         """What of the shape is an option, not a tensor"""
         window = {"window": self.shape["W"] or None} if "W" in self.shape else {}
-        return window | ({"softcap": float(self.shape["C"])} if self.shape.get("C") else {})
+        by_row = {"reduction": "none"} if self.op == "linear_kl_div" else {}
+        return window | by_row | ({"softcap": float(self.shape["C"])} if self.shape.get("C") else {})
 
     @property
     def has_gradients(self) -> bool:
@@ -227,7 +237,11 @@ class Case:
             first = {name: random(s["F"], width, scale=width**-0.5) for name in ("gate_weight", "up_weight")}
             return {"x": random(rows, width), **first, "down_weight": random(width, s["F"], scale=s["F"] ** -0.5)}
         targets = torch.randint(0, s["V"], (rows,), device=device, generator=generator)
-        return {"x": random(rows, width), "weight": random(s["V"], width, scale=width**-0.5), "targets": targets}
+        model = {"x": random(rows, width), "weight": random(s["V"], width, scale=width**-0.5)}
+        if self.op == "linear_kl_div":
+            teacher = random(rows, width).detach(), random(s["V"], width, scale=width**-0.5).detach()
+            model |= {"teacher_x": teacher[0], "teacher_weight": teacher[1]}
+        return {**model, "targets": targets}
 
     def prepared(self, tensors: dict[str, Tensor]) -> Call:
         """The op's call on these inputs, not run"""
@@ -248,6 +262,7 @@ class Case:
             "gated_mlp": ("x",),
             "linear_cross_entropy": ("",),
             "linear_log_probs": ("targets",),
+            "linear_kl_div": ("targets",),
         }[self.op]
 
     def seen(self) -> int:
@@ -267,8 +282,9 @@ class Case:
             return LAYERS[self.op] * {"fwd": 2, "bwd": 4, "both": 6}[which] * s["M"] * s["N"] * s["F"]
         if self.op == "linear_cross_entropy":
             return {"fwd": 2, "both": 6}[which] * s["M"] * s["N"] * s["V"]
-        if self.op == "linear_log_probs":
-            return {"fwd": 2, "bwd": 4, "both": 6}[which] * s["M"] * s["N"] * s["V"]
+        if self.op in ("linear_log_probs", "linear_kl_div"):
+            forward = 4 if self.op == "linear_kl_div" else 2  # of the teacher's product as well
+            return {"fwd": forward, "bwd": 4, "both": forward + 4}[which] * s["M"] * s["N"] * s["V"]
         forward, backward = NORMS[self.op]
         return {"fwd": forward, "bwd": backward, "both": forward + backward}[which] * s["M"] * s["N"]
 

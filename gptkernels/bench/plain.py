@@ -36,6 +36,7 @@ def plain(case: Case, device: torch.device) -> Callable:
         "mlp": plain_mlp,
         "linear_cross_entropy": functools.partial(plain_loss, **case.kwargs),
         "linear_log_probs": plain_log_probs,
+        "linear_kl_div": plain_kl_div,
         "gated_mlp": plain_gated_mlp,
     }
     return plain[case.op]
@@ -117,6 +118,12 @@ def plain_loss(x, weight, targets, softcap=None):
     logits = F.linear(x, weight)
     logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
     return F.cross_entropy(logits.float(), targets)
+
+
+def plain_kl_div(x, weight, teacher_x, teacher_weight, targets):
+    student, teacher = (F.linear(*each).float().log_softmax(-1) for each in ((x, weight), (teacher_x, teacher_weight)))
+    losses = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+    return losses.where(targets != -100, 0)
 
 
 def plain_log_probs(x, weight, targets):

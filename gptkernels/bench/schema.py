@@ -35,7 +35,7 @@ ROW = {
     "op": (
         TEXT,
         "attention, decode_attention, layer_norm, add_layer_norm, rms_norm, add_rms_norm, rope, mlp, "
-        "gated_mlp, linear_cross_entropy, linear_log_probs",
+        "gated_mlp, linear_cross_entropy, linear_log_probs, linear_kl_div",
     ),
     "label": (TEXT, "the shape in short"),
     "shape": ((dict,), "every dimension by its letter"),

@@ -40,6 +40,7 @@ def cpu_quick(dtype: str) -> Iterator[Case]:
     yield Case.of("gated_mlp", dtype, ("both",), M=512, N=768, F=2048)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=128, N=768)
     yield Case.of("linear_log_probs", dtype, ("both",), M=128, N=768)
+    yield Case.of("linear_kl_div", dtype, ("both",), M=128, N=768)
 
 
 def cpu_headline(dtype: str) -> Iterator[Case]:
@@ -78,6 +79,7 @@ def gpu_quick(dtype: str) -> Iterator[Case]:
     yield Case.of("gated_mlp", dtype, ("both",), M=8192, N=2048, F=5632)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=768)
     yield Case.of("linear_log_probs", dtype, ("both",), M=8192, N=768)
+    yield Case.of("linear_kl_div", dtype, ("both",), M=8192, N=768)
 
 
 def gpu_headline(dtype: str) -> Iterator[Case]:
@@ -90,6 +92,7 @@ def gpu_headline(dtype: str) -> Iterator[Case]:
     yield Case.of("linear_cross_entropy", dtype, ("both",), every_peer=True, M=16384, N=768)
     yield Case.of("linear_cross_entropy", dtype, ("both",), M=8192, N=2304, V=256000, C=30)
     yield Case.of("linear_log_probs", dtype, ("both",), every_peer=True, M=8192, N=4096, V=128256)
+    yield Case.of("linear_kl_div", dtype, ("both",), every_peer=True, M=8192, N=1600)
     yield from newer_attention(dtype)
     yield Case.of("attention", dtype, BOTH_WAYS, B=2, H=32, T=8192, D=64)
     yield Case.of("attention", dtype, BOTH_WAYS, B=1, H=16, T=32768, D=128, W=1024)

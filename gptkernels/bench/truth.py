@@ -29,6 +29,7 @@ ROWS = {
     "gated_mlp": ("x",),
     "linear_cross_entropy": ("x", "targets"),
     "linear_log_probs": ("x", "targets"),
+    "linear_kl_div": ("x", "teacher_x", "targets"),
 }
 # What plain PyTorch is, where that is not the reference in the case's dtype.
 PLAIN: dict[str, Callable] = {
@@ -40,7 +41,7 @@ PLAIN: dict[str, Callable] = {
 WIDEST = {
     **dict.fromkeys(NORMS, "N"),
     **dict.fromkeys(("mlp", "gated_mlp"), "F"),
-    **dict.fromkeys(("linear_cross_entropy", "linear_log_probs"), "V"),
+    **dict.fromkeys(("linear_cross_entropy", "linear_log_probs", "linear_kl_div"), "V"),
 }
 
 

@@ -22,6 +22,7 @@ from ..files import write_text
 from . import checkpoint, cost
 from .config import GPTConfig
 from .data import MaskedText, Text, Tokenizer, read_examples, read_tokens
+from .distill import Student, check_options, load_teacher
 from .finetune import Examples, TaskModel, accuracy, labels_of
 from .gpt import GPT
 from .parallel import Workers
@@ -100,11 +101,24 @@ def make_trainer(console: Console, options: Namespace, workers: Workers) -> Trai
     model = make_model(options, state, tokenizer, examples)
     length = options.context if state is None else state["about"]["context"]
     data, validation = make_data(options, model, tokenizer, examples, length)
+    source = options.distill_from if state is None else state["about"].get("distill_from")
+    check_options(options, source)
+    if source is not None and isinstance(model, GPT):
+        dtype = getattr(torch, settings.dtype)
+        teacher, tokens = load_teacher(source, model, tokenizer, data.length, dtype, workers.device)
+        model = Student.of(model, teacher, settings.alpha, settings.temperature, tokens)
+        if workers.rank == 0:
+            console.print(
+                f"loss: {settings.alpha:g} cross-entropy + {(1 - settings.alpha) * settings.temperature**2:g} KL from "
+                f"{source} ({describe(teacher.config)}) at temperature {settings.temperature:g}",
+                soft_wrap=True,
+            )
     about: dict = {
         "tokenizer": None if tokenizer is None else tokenizer.state,
         "about": {
             "model": None if options.init_from else options.model or "gpt2",
             "init_from": options.init_from,
+            "distill_from": options.distill_from,
             "data": f"{len(data)} {'examples' if options.task else 'tokens'}",
             "context": data.length,
         },

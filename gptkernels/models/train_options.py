@@ -42,6 +42,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     data.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json")
     data.add_argument("--task", choices=TASKS, help="fine-tune for it; --data is then a file of one JSON per line")
 
+    teacher = parser.add_argument_group("teacher")
+    teacher.add_argument("--distill-from", metavar="hf:PATH|CHECKPOINT", help="learn from this model's predictions too")
+    teacher.add_argument(
+        "--alpha", type=number(at_least=0, at_most=1), help=f"share of the data in the loss ({DEFAULTS.alpha:g})"
+    )
+    teacher.add_argument(
+        "--temperature", type=number(above=0), help=f"of both models' softmax ({DEFAULTS.temperature:g})"
+    )
+
     training = parser.add_argument_group("training")
 
     def add(name: str, kind, about: str = "") -> None:
@@ -85,7 +94,8 @@ def settings_of(options: Namespace, state: dict | None, device: str) -> TrainOpt
         # A run shorter than the warm-up would never reach its learning rate.
         values["warmup"] = min(values["warmup"], values["steps"] // 2)
     else:
-        kept = state["options"] | {"betas": tuple(state["options"]["betas"])}
+        own = {name: getattr(DEFAULTS, name) for name in names}  # for what older checkpoints do not have
+        kept = own | state["options"] | {"betas": tuple(state["options"]["betas"])}
         if "warmup" in given:
             given["warmup"] = min(given["warmup"], kept["steps"] // 2)
         for name, value in given.items():
@@ -114,10 +124,10 @@ def check_resumed(options: Namespace, state: dict) -> None:
         value = getattr(options, name)
         if value is not None and value != config[name]:
             raise differs(name, config[name], value)
-    for name in ("model", "init_from", "context"):
-        value = getattr(options, name)
-        if value is not None and value != about[name]:
-            raise differs(name, about[name] or "nothing", value)
+    for name in ("model", "init_from", "context", "distill_from"):
+        value, kept = getattr(options, name), about.get(name)
+        if value is not None and value != kept:
+            raise differs(name, kept or "nothing", value)
     task = (state.get("task") or {}).get("name")
     if options.task != task:
         raise differs("task", task or "nothing", options.task or "nothing")

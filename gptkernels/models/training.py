@@ -34,6 +34,8 @@ class TrainOptions:
     warmup: int = 100
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     betas: tuple[float, float] = (0.9, 0.95)
+    alpha: float = 0.5  # of a student: what its data count for, its teacher for the rest
+    temperature: float = 2.0  # of its and the teacher's softmax
     clip: float = 1.0  # largest norm of the gradient, 0 for any
     dtype: str = "float32"  # or bfloat16: autocast
     compile: bool = False
@@ -54,8 +56,11 @@ class TrainOptions:
             raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, not {self.learning_rate}")
-        if not 0 <= self.min_learning_rate <= 1:
-            raise ValueError(f"min_learning_rate must be a share, 0 ... 1, not {self.min_learning_rate}")
+        for name in ("min_learning_rate", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share, 0 ... 1, not {getattr(self, name)}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, not {self.temperature}")
         for name in ("weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0 and finite, not {getattr(self, name)}")

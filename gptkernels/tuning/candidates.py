@@ -102,7 +102,7 @@ def of_decode(case: Case) -> Iterator[Setting]:
 OF_OP = {
     "attention": of_attention,
     **dict.fromkeys(NORMS, of_norm),
-    **dict.fromkeys(("rope", "linear_log_probs"), lambda case: iter(())),
+    **dict.fromkeys(("rope", "linear_log_probs", "linear_kl_div"), lambda case: iter(())),
     **dict.fromkeys(LAYERS, of_mlp),
     "linear_cross_entropy": of_loss,
     "decode_attention": of_decode,

@@ -15,13 +15,18 @@ def chunk_loss(chunk: Chunk, options: Options) -> None:
     logits, teacher, counts, losses, scale = chunk
     student, expected = (log_probs(each, options.temperature) for each in (logits, teacher))
     probabilities = expected.exp()
-    ignored = (counts == 0).unsqueeze(1)
-    # What the teacher gives no probability costs nothing, however little the student gives it.
-    terms = expected.sub_(student).mul_(probabilities).masked_fill_((probabilities == 0) | ignored, 0)
-    losses.copy_(terms.sum(1))
+    counted = counts != 0
+    terms = expected.sub_(student).mul_(probabilities)
+    # What the teacher gives no probability costs nothing, however little the student gives it. A CPU knows whether any
+    # of it is 0 * Inf; a GPU would have to be waited for.
+    if not terms.is_cpu or terms.sum(1).isnan().any():
+        terms.masked_fill_(probabilities == 0, 0)
+    losses.copy_(terms.sum(1)).masked_fill_(~counted, 0)
     if options.with_grad:
         grad = student.exp_().sub_(probabilities)
-        grad.mul_((scale / options.temperature).expand(losses.shape).unsqueeze(1)).masked_fill_(ignored, 0)
+        grad.mul_((scale / options.temperature).expand(losses.shape).unsqueeze(1))
+        if not terms.is_cpu or not counted.all():
+            grad.masked_fill_(~counted.unsqueeze(1), 0)
         logits.copy_(grad)
 
 
