@@ -45,6 +45,13 @@ def decisions_are_made_again():
     remembered.forget()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def share_files(tmp_path_factory):
+    """A folder of the processes that run these tests side by side"""
+    folder = tmp_path_factory.getbasetemp()
+    os.environ["GPTKERNELS_TESTS_SHARE"] = str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
 def worker_count() -> int:
     """One to a core, as far as the memory goes: each holds torch, transformers and a few models."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,8 +1,9 @@
 """The machine code of the CUDA library's kernels, read as a graph: what its loops do, and with how many registers."""
 
+import fcntl
+import os
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -116,10 +117,19 @@ class Kernel:
 @cache
 def listing(what: str) -> dict[str, str]:
     """What cuobjdump says of each kernel of the library, by (mangled name, place in the library)."""
-    command = [str(tool("cuobjdump")), what, cuda_library.load().__file__]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function\s*:?\s*(_Z\w*)", text)
+    parts = re.split(r"Function\s*:?\s*(_Z\w*)", dumped(what))
     return {f"{name}#{i}": part for i, (name, part) in enumerate(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def dumped(what: str) -> str:
+    """Half a minute's work, which the processes that run the tests do once between them."""
+    kept = Path(os.environ["GPTKERNELS_TESTS_SHARE"]) / f"listing{what}"
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            command = [str(tool("cuobjdump")), what, cuda_library.load().__file__]
+            kept.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return kept.read_text()
 
 
 def parse(name: str, text: str) -> Kernel:
@@ -131,17 +141,3 @@ def parse(name: str, text: str) -> Kernel:
 def kernels(name: str) -> tuple[Kernel, ...]:
     """Those of the library with this in their name."""
     return tuple(parse(key, text) for key, text in listing("--dump-sass").items() if name in key)
-
-
-def assembler_says(ptxas: str) -> str:
-    """What ptxas has to say of the library's PTX for Hopper, module by module."""
-    said = []
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(tool("cuobjdump")), "--extract-ptx", "all", cuda_library.load().__file__]
-        subprocess.run(command, cwd=folder, capture_output=True, check=True)
-        for module in sorted(Path(folder).glob("*.sm_90a.ptx")):
-            command = [ptxas, "-v", "--gpu-name=sm_90a", str(module), "-o", "/dev/null"]
-            result = subprocess.run(command, capture_output=True, text=True)
-            assert result.returncode == 0, result.stderr
-            said.append(result.stderr)
-    return "".join(said)

@@ -1,12 +1,11 @@
 """The MLP's CUDA kernels: parity, schedules, what the compiler made of them, what they execute, and planted bugs."""
 
 import re
-import subprocess
 from unittest import mock
 
 import pytest
+import sass
 import torch
-from compile_gate import tool
 from kernel_variants import source
 from mutate_mlp import CPU, assert_caught
 from planted import Place
@@ -184,10 +183,7 @@ KERNELS = 2 * (1 + 5 + 5 + 6 + 6)
 
 def listing(what: str) -> dict[str, str]:
     """Parts of what cuobjdump says of the library, by kernel"""
-    command = [str(tool("cuobjdump")), what, cuda_library.load().__file__]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function\s*:?\s*(_Z\w*)", text)
-    return {name: part for name, part in zip(parts[1::2], parts[2::2], strict=True) if "mlp_kernel" in name}
+    return {name.split("#")[0]: part for name, part in sass.listing(what).items() if "mlp_kernel" in name}
 
 
 def spills_once_a_tile(name: str) -> bool:
