@@ -14,7 +14,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 import gptkernels as gk
 from gptkernels.parallel import sharding
 
-B, T, H, HKV, D, C, F, V = 4, 8, 8, 4, 16, 24, 32, 62
+# Rows and tokens are cut unevenly.
+B, T, H, HKV, D, C, F, V = 7, 11, 8, 4, 16, 24, 32, 62
 R = Replicate()
 
 
@@ -57,7 +58,7 @@ def rope() -> dict[str, Tensor]:
 
 def decode() -> dict[str, Tensor]:
     caches = {"k_cache": draw(B, HKV, T, D, seed=1, grad=False), "v_cache": draw(B, HKV, T, D, seed=2, grad=False)}
-    return {"q": draw(B, H, 1, D, grad=False), **caches, "lengths": torch.tensor([3, 8, 1, 5], dtype=torch.int32)}
+    return {"q": draw(B, H, 1, D, grad=False), **caches, "lengths": torch.arange(4, 4 + B, dtype=torch.int32)}
 
 
 SMOOTH = {"label_smoothing": 0.2, "z_loss": 0.01, "softcap": 3.0, "temperature": 1.5}
@@ -71,7 +72,7 @@ CALLS = {
     "attention": (gk.attention, lambda: {**heads(), "sinks": draw(H)}, {"window": 3, "return_lse": True}),
     "attention, padded": (
         gk.attention,
-        lambda: {**heads(), "key_start": torch.tensor([0, 3, 1, 0], dtype=torch.int32)},
+        lambda: {**heads(), "key_start": torch.arange(B, dtype=torch.int32) % 4},
         {"softcap": 4.0},
     ),
     "attention, slopes": (gk.attention, lambda: {**heads(H), "alibi_slopes": draw(B, H, grad=False).abs()}, {}),
@@ -79,7 +80,7 @@ CALLS = {
         gk.attention,
         lambda: (
             {name: x[0].transpose(0, 1).detach().requires_grad_() for name, x in heads().items()}
-            | {"cu_seqlens": torch.tensor([0, 3, 8], dtype=torch.int32)}
+            | {"cu_seqlens": torch.tensor([0, 3, T], dtype=torch.int32)}
         ),
         {"return_lse": True},
     ),

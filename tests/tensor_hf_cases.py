@@ -128,8 +128,21 @@ def by_their_own_means(name: str) -> None:
 
 
 def refusal(name: str) -> str:
+    model = made("Llama" if name == "with a hook" else name)
+    if name == "with a hook":
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda layer, x, out: 2 * out)
     try:
-        gk.parallel.shard(made(name), mesh())
+        gk.parallel.shard(model, mesh())
     except ValueError as error:
         return str(error)
     return ""
+
+
+def other_weights() -> float:
+    """Ranks whose weights differ get those of the first one. -> how far this one's logits are from those"""
+    model, first = made("Llama"), made("Llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(dist.get_rank())
+        several = gk.parallel.tensor(model, mesh())
+        return float((several(batch()).logits - first(batch()).logits).abs().max())

@@ -208,11 +208,9 @@ def check_heads(call: Call, wanted: dict[str, list[Placement]]) -> None:
     ranks = 1
     for dimension, placement in enumerate(wanted["q"]):
         ranks *= call.mesh.size(dimension) if placement == Shard(1) else 1
-    heads, kv_heads = call.tensors["q"].shape[1], call.tensors[key].shape[1]
+    kv_heads = call.tensors[key].shape[1]
     if kv_heads % ranks:
-        raise ValueError(
-            f"{key} must have a number of heads that divides by the {ranks} ranks, not {kv_heads} ({heads})"
-        )
+        raise ValueError(f"{key} must have heads that divide by the {ranks} ranks that cut them, not {kv_heads}")
 
 
 def is_vocabulary(strategy: Strategy) -> bool:
