@@ -133,7 +133,6 @@ class Job(NamedTuple):
 class ShardAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, job, q, k, v, sinks):
-        # The kernels' results are read back only where they are rows of the shard's.
         seed = shared_seed(job.shard, q.device) if job.options.dropout else None
         out = empty_in_order_of(q)
         shape = q.shape[:-1] if q.ndim == 4 else (q.shape[1], q.shape[0])

@@ -77,7 +77,7 @@ class PartCall:
     def prepared(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, seed: Tensor | None) -> tuple[Any, Any]:
         """q: of the shard, k, v: of the part's keys, seed: of the whole -> kernels, record"""
         options = self.options
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"deterministic": options.deterministic or torch.are_deterministic_algorithms_enabled()}
         start, stop = self.part.keys
         slopes = options.slopes
         if options.packed:
@@ -91,7 +91,7 @@ class PartCall:
         call = attention.prepare(
             self.padded(q), k, v, causal=options.causal, window=options.window, scale=options.scale,
             dropout=options.dropout, softcap=options.softcap, sinks=sinks, alibi_slopes=slopes, return_lse=True,
-            deterministic=options.deterministic, backend=options.backend, **more,
+            backend=options.backend, **more,
         )  # fmt: skip
         record: Any = checked(call)
         if seed is not None:
