@@ -7,6 +7,7 @@ import torch.distributed as dist
 from parity import check
 from tensor_cases import full, mesh
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import gptkernels as gk
 
@@ -87,6 +88,25 @@ def compare(name: str, accelerated: bool) -> None:
     assert found.keys() == ordinary.keys()
     for parameter, value in found.items():
         check(f"{name}: gradient of {parameter}", value, truths[parameter], ordinary[parameter])
+
+
+def with_fsdp(name: str) -> None:
+    """Cut between two ranks, and sharded over two more"""
+    dp, tp = (dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))[each] for each in ("dp", "tp"))
+    one, tokens = made(name), batch()
+    several = copy.deepcopy(one)
+    gk.accelerate(several)
+    gk.parallel.tensor(several, tp)
+    for layer in several.model.layers:
+        fully_shard(layer, mesh=dp)
+    fully_shard(several, mesh=dp)
+    losses = [model.train()(tokens, labels=tokens).loss for model in (one, several)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    found = gradients(several)
+    for parameter, grad in gradients(one).items():
+        torch.testing.assert_close(found[parameter], grad, atol=2e-5 * float(grad.abs().max()), rtol=1e-4)
 
 
 def generated(name: str) -> tuple[bool, bool, list[int]]:

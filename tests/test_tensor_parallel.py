@@ -168,6 +168,11 @@ def test_models_of_transformers_on_four(four, name):
     assert four.run("tensor_hf_cases:generated", name) == [(True, True, [1, 1])] * 4
 
 
+def test_fully_sharded_models_of_transformers(four):
+    pytest.importorskip("transformers")
+    four.run("tensor_hf_cases:with_fsdp", "Llama")
+
+
 def test_generate_writes_what_one_process_does(tmp_path, capsys):
     torch.manual_seed(0)
     config = GPTConfig(vocabulary=256, context=32, layers=2, width=64, heads=4, pattern=("dense", "banded"), window=8)
