@@ -7,6 +7,8 @@ import torch
 from gang import Gang
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from gptkernels import simulator
+
 
 @pytest.fixture(scope="module")
 def gang():
@@ -49,6 +51,13 @@ COLUMNS |= {"proj_weight": Shard(1), "down_weight": Shard(1)}
 )
 def test_the_usual_placements_move_nothing(gang, name, placements, results):
     assert gang.run("sharding_cases:moves_nothing", name, placements)[0] == [str(each) for each in results]
+
+
+@pytest.mark.parametrize("backend", ["any", "triton"])
+def test_losses_of_a_cut_vocabulary_on_kernels_of_a_whole_one(gang, backend):
+    if backend == "triton" and simulator.unavailable():
+        pytest.skip(simulator.unavailable())
+    gang.run("sharding_cases:losses_of_parts", backend)
 
 
 @pytest.mark.parametrize("bug", ["the residual on every rank", "no partial gradients", "every rank's own mean"])
