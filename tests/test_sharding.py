@@ -53,10 +53,11 @@ def test_the_usual_placements_move_nothing(gang, name, placements, results):
     assert gang.run("sharding_cases:moves_nothing", name, placements)[0] == [str(each) for each in results]
 
 
-@pytest.mark.parametrize("backend", ["any", "triton"])
+@pytest.mark.parametrize("backend", ["any", "triton", "cuda"])
 def test_losses_of_a_cut_vocabulary_on_kernels_of_a_whole_one(gang, backend):
-    if backend == "triton" and simulator.unavailable():
-        pytest.skip(simulator.unavailable())
+    missing = simulator.cuda_unavailable() if backend == "cuda" else simulator.unavailable()
+    if backend != "any" and missing:
+        pytest.skip(missing)
     gang.run("sharding_cases:losses_of_parts", backend)
 
 
