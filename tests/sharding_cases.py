@@ -233,6 +233,10 @@ def refused(name: str) -> str:
     calls = {
         "another mesh": lambda: gk.attention(q, k, distributed(draw(B, HKV, T, D, grad=False), other, [R, R])),
         "a plain one": lambda: gk.attention(q, k, draw(B, HKV, T, D)),
+        "one vocabulary, twice": lambda: gk.linear_cross_entropy(
+            *(distributed(x.detach(), other, [p, p]) for x, p in zip(loss().values(), (R, Shard(0), R), strict=False))
+        ),
+        "no heads": lambda: gk.attention(*(distributed(draw(T, D, grad=False), mesh, [R]) for _ in range(3))),
         "its own error": lambda: gk.attention(q, k, v, window=0),
     }
     try:

@@ -83,6 +83,11 @@ def test_dropout(gang):
     [
         ("another mesh", "ValueError: v must be on the mesh of q"),
         ("a plain one", "TypeError: v must be a DTensor like q, k, or require no gradient"),
+        (
+            "one vocabulary, twice",
+            "ValueError: weight must be cut by vocabulary in one dimension of the mesh, not in 2",
+        ),
+        ("no heads", "ValueError: q must have shape (B, heads, T, D), not (11, 16)"),
         ("its own error", "ValueError: window must be at least 1 (a query sees itself), not 0; None sees all keys"),
     ],
 )

@@ -45,8 +45,8 @@ def run_sharded(op: Callable, args: tuple, kwargs: Arguments) -> Any:
     """A call of a public op with DTensors among its arguments"""
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
-    call = Call(op, bound.arguments)
-    return call.run()
+    op.prepare(**bound.arguments).check()  # type: ignore[attr-defined]
+    return Call(op, bound.arguments).run()
 
 
 class Call:
@@ -143,10 +143,12 @@ class Call:
 
     def computed(self, local: Arguments) -> Any:
         op, rows = self.op, [number for number, each in enumerate(self.strategies) if each.shares_work]
-        for number, strategy in enumerate(self.strategies):
-            if is_vocabulary(strategy):
-                rows.remove(number)
-                op = functools.partial(self.loss_of_vocabulary, number)
+        cut = [number for number, each in enumerate(self.strategies) if is_vocabulary(each)]
+        if len(cut) > 1:
+            raise ValueError(f"weight must be cut by vocabulary in one dimension of the mesh, not in {len(cut)}")
+        for number in cut:
+            rows.remove(number)
+            op = functools.partial(self.loss_of_vocabulary, number)
         if local.get("reduction") == "mean" and rows:
             return mean_loss(op, local, [self.mesh.get_group(dimension) for dimension in rows])
         return op(**local)
