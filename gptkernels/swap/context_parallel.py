@@ -41,9 +41,8 @@ def shard_for(model: nn.Module, mesh, found: dict[str, list[Family]], left: list
     if getattr(model.config, "is_encoder_decoder", False) or ("labels" in parameters and not is_causal(model)):
         raise ValueError(f"context_parallel must be None for {name}, which is no causal language model")
     if getattr(model.config, "output_router_logits", False):
-        raise ValueError(
-            f"context_parallel must be None for {name} with output_router_logits: {FLAGS['output_router_logits']}"
-        )
+        why = FLAGS["output_router_logits"]
+        raise ValueError(f"context_parallel must be None for {name} with output_router_logits: {why}")
     attentions = [family.name for families in found.values() for family in families if family.part == "attention"]
     unreplaced = [row.path for row in left if row.part == "attention"]
     if not attentions or unreplaced or set(attentions) - {interface.NAME}:
@@ -60,15 +59,14 @@ def check_tokens_apart(model: Foreign) -> None:
     name, changed = type(model).__name__, 2
     if next(model.parameters()).device.type == "meta":
         raise ValueError(f"context_parallel must be None for {name} on the meta device, where it cannot be tried")
-    given = inputs(model)
-    given["position_ids"] = torch.arange(given["input_ids"].shape[1], device=given["input_ids"].device).unsqueeze(0)
+    tokens = inputs(model)["input_ids"]
+    others = tokens.clone()
+    others[:, changed] = (others[:, changed] + 1) % model.config.get_text_config().vocab_size
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     with torch.no_grad(), undisturbed(model), without_hooks(model), cut_attention.tokens_alone():
-        before = model.forward(**given, use_cache=False)[0].float()
-        given["input_ids"] = given["input_ids"].clone()
-        given["input_ids"][:, changed] = (
-            given["input_ids"][:, changed] + 1
-        ) % model.config.get_text_config().vocab_size
-        after = model.forward(**given, use_cache=False)[0].float()
+        before, after = (
+            model.forward(input_ids=x, position_ids=positions, use_cache=False)[0].float() for x in (tokens, others)
+        )
     moved = (after - before).abs().amax((0, 2))
     moved[changed] = 0
     if moved.max() > TOLERANCE.get(model.dtype, 1e-4) * before.abs().max():
