@@ -69,6 +69,7 @@ def attention_of_shard(mesh, case: dict) -> dict:
         own[name] = part.clone().requires_grad_()
     dims = [0 if packed else 2, -1]
     parts = [gk.parallel.shard_sequence(x, mesh, dims[i], shape["layout"]) for i, x in enumerate(cotangents)]
+    torch.manual_seed(shape["seed"] + dist.get_rank())  # the first rank's decides what is dropped
     with gk.parallel.context(mesh, shape["layout"], shape["method"]):
         with counted() as forward:
             outputs = gk.attention(**own, **options, backend=shape["backend"])

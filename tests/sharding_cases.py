@@ -1,6 +1,7 @@
 """Calls of every op on DTensors, made in each process of a gang and compared with the op on whole tensors."""
 
 import math
+import types
 from unittest import mock
 
 import torch
@@ -12,9 +13,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gptkernels as gk
-from gptkernels.parallel import sharding
+from gptkernels import simulator
+from gptkernels.ops.linear_cross_entropy import eager
+from gptkernels.ops.linear_cross_entropy.chunks import Chunk, Options
+from gptkernels.parallel import sharding, vocabulary
 
-B, T, H, HKV, D, C, F, V = 4, 8, 8, 4, 16, 24, 32, 62
+# Rows and tokens are cut unevenly.
+B, T, H, HKV, D, C, F, V = 7, 11, 8, 4, 16, 24, 32, 62
 R = Replicate()
 
 
@@ -57,7 +62,7 @@ def rope() -> dict[str, Tensor]:
 
 def decode() -> dict[str, Tensor]:
     caches = {"k_cache": draw(B, HKV, T, D, seed=1, grad=False), "v_cache": draw(B, HKV, T, D, seed=2, grad=False)}
-    return {"q": draw(B, H, 1, D, grad=False), **caches, "lengths": torch.tensor([3, 8, 1, 5], dtype=torch.int32)}
+    return {"q": draw(B, H, 1, D, grad=False), **caches, "lengths": torch.arange(4, 4 + B, dtype=torch.int32)}
 
 
 SMOOTH = {"label_smoothing": 0.2, "z_loss": 0.01, "softcap": 3.0, "temperature": 1.5}
@@ -71,7 +76,7 @@ CALLS = {
     "attention": (gk.attention, lambda: {**heads(), "sinks": draw(H)}, {"window": 3, "return_lse": True}),
     "attention, padded": (
         gk.attention,
-        lambda: {**heads(), "key_start": torch.tensor([0, 3, 1, 0], dtype=torch.int32)},
+        lambda: {**heads(), "key_start": torch.arange(B, dtype=torch.int32) % 4},
         {"softcap": 4.0},
     ),
     "attention, slopes": (gk.attention, lambda: {**heads(H), "alibi_slopes": draw(B, H, grad=False).abs()}, {}),
@@ -79,7 +84,7 @@ CALLS = {
         gk.attention,
         lambda: (
             {name: x[0].transpose(0, 1).detach().requires_grad_() for name, x in heads().items()}
-            | {"cu_seqlens": torch.tensor([0, 3, 8], dtype=torch.int32)}
+            | {"cu_seqlens": torch.tensor([0, 3, T], dtype=torch.int32)}
         ),
         {"return_lse": True},
     ),
@@ -228,6 +233,10 @@ def refused(name: str) -> str:
     calls = {
         "another mesh": lambda: gk.attention(q, k, distributed(draw(B, HKV, T, D, grad=False), other, [R, R])),
         "a plain one": lambda: gk.attention(q, k, draw(B, HKV, T, D)),
+        "one vocabulary, twice": lambda: gk.linear_cross_entropy(
+            *(distributed(x.detach(), other, [p, p]) for x, p in zip(loss().values(), (R, Shard(0), R), strict=False))
+        ),
+        "no heads": lambda: gk.attention(*(distributed(draw(T, D, grad=False), mesh, [R]) for _ in range(3))),
         "its own error": lambda: gk.attention(q, k, v, window=0),
     }
     try:
@@ -235,6 +244,41 @@ def refused(name: str) -> str:
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+LOSSES = [
+    {},
+    {"reduction": "none"},
+    {"z_loss": 0.01, "softcap": 3.0, "temperature": 1.5},
+    {"label_smoothing": 0.2, "reduction": "sum", "return_z_loss": True, "z_loss": 0.1},
+    {"ignore_index": 0},
+]
+
+
+def leaving_logits(chunk: Chunk, options: Options) -> None:
+    """As the kernels do without a gradient"""
+    eager.chunk_loss(chunk if options.with_grad else chunk._replace(logits=chunk.logits.clone()), options)
+
+
+def losses_of_parts(backend: str, arch: int = 90) -> None:
+    """Of a cut vocabulary with a backend whose kernels know only whole ones, against the op"""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    known = types.SimpleNamespace(chunk_loss=leaving_logits)
+    kernels = mock.patch.object(vocabulary, "select", return_value=known)
+    for options in LOSSES:
+        plain = loss()
+        plain["targets"] = plain["targets"].clamp(min=options.get("ignore_index", -100))
+        cuts = {"weight": [Shard(0)], "bias": [Shard(0)]}
+        tensors = {key: distributed(x, mesh, cuts.get(key, [R])) for key, x in plain.items()}
+        with kernels if backend == "any" else simulator.use(arch):
+            choice = {} if backend == "any" else {"backend": backend}
+            found = as_tuple(gk.linear_cross_entropy(**tensors, **options, **choice))[0]
+            found.sum().backward()
+        expected = as_tuple(gk.linear_cross_entropy(**plain, **options))[0]
+        expected.sum().backward()
+        torch.testing.assert_close(found.full_tensor(), expected)
+        for key in ("x", "weight", "bias"):
+            torch.testing.assert_close(tensors[key].grad.full_tensor(), plain[key].grad, msg=f"{key}, {options}")
 
 
 def whole(placement: Placement) -> Placement:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from parity import check
 from tensor_cases import full, mesh
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import gptkernels as gk
 
@@ -89,6 +90,25 @@ def compare(name: str, accelerated: bool) -> None:
         check(f"{name}: gradient of {parameter}", value, truths[parameter], ordinary[parameter])
 
 
+def with_fsdp(name: str) -> None:
+    """Cut between two ranks, and sharded over two more"""
+    dp, tp = (dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))[each] for each in ("dp", "tp"))
+    one, tokens = made(name), batch()
+    several = copy.deepcopy(one)
+    gk.accelerate(several)
+    gk.parallel.tensor(several, tp)
+    for layer in several.model.layers:
+        fully_shard(layer, mesh=dp)
+    fully_shard(several, mesh=dp)
+    losses = [model.train()(tokens, labels=tokens).loss for model in (one, several)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    found = gradients(several)
+    for parameter, grad in gradients(one).items():
+        torch.testing.assert_close(found[parameter], grad, atol=2e-5 * float(grad.abs().max()), rtol=1e-4)
+
+
 def generated(name: str) -> tuple[bool, bool, list[int]]:
     """-> whether greedy and sampled tokens are one process's; heads in the caches of keys"""
     one = made(name)
@@ -128,8 +148,21 @@ def by_their_own_means(name: str) -> None:
 
 
 def refusal(name: str) -> str:
+    model = made("Llama" if name == "with a hook" else name)
+    if name == "with a hook":
+        model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda layer, x, out: 2 * out)
     try:
-        gk.parallel.shard(made(name), mesh())
+        gk.parallel.shard(model, mesh())
     except ValueError as error:
         return str(error)
     return ""
+
+
+def other_weights() -> float:
+    """Ranks whose weights differ get those of the first one. -> how far this one's logits are from those"""
+    model, first = made("Llama"), made("Llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(dist.get_rank())
+        several = gk.parallel.tensor(model, mesh())
+        return float((several(batch()).logits - first(batch()).logits).abs().max())

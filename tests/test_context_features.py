@@ -124,7 +124,7 @@ def method_of(
 ) -> str:
     """For a causal dense layer with bfloat16 keys of 8 heads of 64"""
     sides = (window.get("left"), window.get("right", 0))
-    options = Options(sides[1] == 0, sides, 0.125, None, None, slopes, packed, False, "auto")
+    options = Options(sides[1] == 0, sides, 0.125, None, 0.0, None, slopes, packed, tokens, False, "auto")
     shard = Shard(None, 0, Layout(ranks), method)
     return parts.method_of(shard, options, torch.empty(1, 8, tokens // ranks, 64, dtype=torch.bfloat16, device="meta"))
 

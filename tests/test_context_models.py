@@ -70,12 +70,22 @@ def checkpointed(name: str) -> tuple[bool, bool]:
     return torch.allclose(*found, atol=1e-7), torch.allclose(model(tokens).logits, before)
 
 
+class Shift(torch.nn.Module):
+    """As a short convolution does, it lets a token see the one before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.roll(1, 1)
+
+
 def refusals() -> list[str]:
     mesh, (tokens, _) = one_mesh(), batch()
     llama = made("llama")
     gk.accelerate(llama, context_parallel=mesh)
     other, plain = made("llama").bfloat16(), torch.nn.Sequential(torch.nn.LayerNorm(8))
     gk.accelerate(other)
+    shifting = made("llama")
+    shifting.model.norm = torch.nn.Sequential(shifting.model.norm, Shift())
+    before = type(shifting.model.layers[0].mlp)
     padded = torch.ones_like(tokens)
     padded[0, :3] = 0
 
@@ -90,6 +100,9 @@ def refusals() -> list[str]:
         in_a_context,
         lambda: gk.accelerate(plain, context_parallel=mesh),
         lambda: gk.accelerate(made("llama"), attention=False, context_parallel=mesh),
+        lambda: gk.accelerate(shifting, context_parallel=mesh),
+        lambda: gk.accelerate(made("llama").to("meta"), context_parallel=mesh),
+        lambda: llama(tokens, output_router_logits=True),
     ]
     found = []
     for call in calls:
@@ -98,6 +111,7 @@ def refusals() -> list[str]:
             found.append("nothing was refused")
         except (TypeError, ValueError) as error:
             found.append(str(error).splitlines()[0])
+    assert type(shifting.model.layers[0].mlp) is before
     assert llama(tokens, attention_mask=torch.ones_like(tokens)).logits.shape == (2, 32, VOCABULARY)
     return found
 
@@ -158,6 +172,9 @@ def test_what_is_refused(gang):
         "model must be accelerated with context_parallel=mesh, not run inside gptkernels.parallel.context",
         "context_parallel must be None for Sequential, which is no model of transformers",
         "context_parallel must be None for LlamaForCausalLM: not all of its attention is ours",
+        "context_parallel must be None for LlamaForCausalLM: not only its attention takes tokens together",
+        "context_parallel must be None for LlamaForCausalLM on the meta device",
+        "output_router_logits must be False with context_parallel",
     ]
     for found in gang.run("test_context_models:refusals"):
         assert len(found) == len(expected)

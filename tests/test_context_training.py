@@ -86,7 +86,6 @@ def refusals() -> list[str]:
             lambda: model.generate(tokens, 2),
             lambda: model(torch.zeros(1, 9, dtype=torch.int64)),
             lambda: gk.attention(*(torch.zeros(1, 2, n, 16) for n in (4, 8, 8))),
-            lambda: gk.attention(*(torch.zeros(1, 2, 4, 16),) * 3, dropout=0.1),
             lambda: gk.decode_attention(*(torch.zeros(1, 2, 4, 16),) * 3, torch.ones(1, dtype=torch.int32)),
         ):
             try:
@@ -143,7 +142,6 @@ def test_the_mean_of_the_ranks_is_the_mean_of_all_targets(gang, layout, changes)
         ("cp=4", {}, 20, "context must be a multiple of 8 tokens for cp=4, not 20"),
         ("cp=4", BANDED, 30, "context must be a multiple of 4 tokens for cp=4, not 30"),
         ("cp=4", {"objective": "masked"}, 32, "model must be a GPT that predicts next tokens where 4 ranks"),
-        ("cp=4", {"attention_dropout": 0.1}, 32, "attention_dropout must be 0 with cp=4, not 0.1"),
         ("fsdp,cp=3", {}, 32, "--parallel fsdp,cp=3 needs a multiple of 3 processes, not 4"),
         ("ddp,cp=8", {}, 32, "--parallel ddp,cp=8 needs a multiple of 8 processes, not 4"),
     ],
@@ -158,7 +156,6 @@ def test_what_knows_no_shards_is_refused(gang):
         "generation must be outside of gptkernels.parallel.context: every rank has whole prompts",
         "tokens must be at most the context of 32 long, not 36",
         "k must have q's 4 tokens inside gptkernels.parallel.context, where both are a shard of one sequence, not 8",
-        "dropout must be 0 inside gptkernels.parallel.context, not 0.1: kernels count its rows from the shard's first",
         "decode_attention must be outside of gptkernels.parallel.context: a cache holds whole sequences",
     ]
     assert gang.run("test_context_training:refusals") == [expected] * 4

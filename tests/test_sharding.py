@@ -7,6 +7,8 @@ import torch
 from gang import Gang
 from torch.distributed.tensor import Partial, Replicate, Shard
 
+from gptkernels import simulator
+
 
 @pytest.fixture(scope="module")
 def gang():
@@ -51,6 +53,14 @@ def test_the_usual_placements_move_nothing(gang, name, placements, results):
     assert gang.run("sharding_cases:moves_nothing", name, placements)[0] == [str(each) for each in results]
 
 
+@pytest.mark.parametrize("backend", ["any", "triton", "cuda"])
+def test_losses_of_a_cut_vocabulary_on_kernels_of_a_whole_one(gang, backend):
+    missing = simulator.cuda_unavailable() if backend == "cuda" else simulator.unavailable()
+    if backend != "any" and missing:
+        pytest.skip(missing)
+    gang.run("sharding_cases:losses_of_parts", backend)
+
+
 @pytest.mark.parametrize("bug", ["the residual on every rank", "no partial gradients", "every rank's own mean"])
 def test_planted_bugs_are_caught(gang, bug):
     assert gang.run("sharding_cases:is_caught", bug) == [True] * 4
@@ -73,6 +83,11 @@ def test_dropout(gang):
     [
         ("another mesh", "ValueError: v must be on the mesh of q"),
         ("a plain one", "TypeError: v must be a DTensor like q, k, or require no gradient"),
+        (
+            "one vocabulary, twice",
+            "ValueError: weight must be cut by vocabulary in one dimension of the mesh, not in 2",
+        ),
+        ("no heads", "ValueError: q must have shape (B, heads, T, D), not (11, 16)"),
         ("its own error", "ValueError: window must be at least 1 (a query sees itself), not 0; None sees all keys"),
     ],
 )

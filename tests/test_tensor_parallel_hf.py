@@ -39,7 +39,11 @@ def test_cut_by_transformers_and_then_accelerated(gang, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Mixtral", "model must have a plan of colwise, rowwise, packed_heads, replicated_with_grad_allreduce, not"),
+        ("Mixtral", "model must have a plan of colwise, rowwise, packed_heads, replicated_with_grad_allreduce for its"),
+        (
+            "with a hook",
+            "model must have linear layers of their own weights, but model.layers.0.self_attn.q_proj has a",
+        ),
         ("OPT", "model must have a plan for tensor parallelism (_tp_plan), which OPTForCausalLM has not"),
         ("Llama of 3 heads", "num_attention_heads must be divisible by the 2 ranks of tensor parallelism, not 3"),
         ("Llama of few keys", "num_key_value_heads must be divisible by the 2 ranks of tensor parallelism, not 1"),
@@ -48,3 +52,7 @@ def test_cut_by_transformers_and_then_accelerated(gang, name):
 def test_refusals(gang, name, message):
     for found in gang.run("tensor_hf_cases:refusal", name):
         assert found.startswith(message)
+
+
+def test_all_take_the_weights_of_the_first(gang):
+    assert max(gang.run("tensor_hf_cases:other_weights")) < 1e-4

@@ -319,8 +319,6 @@ def layout_for(ranks: int, model: nn.Module, data) -> str:
     pieces = Layout(ranks, layout).pieces
     if data.length % pieces:
         raise ValueError(f"context must be a multiple of {pieces} tokens for cp={ranks}, not {data.length}")
-    if model.config.attention_dropout:
-        raise ValueError(f"attention_dropout must be 0 with cp={ranks}, not {model.config.attention_dropout}")
     return layout
 
 

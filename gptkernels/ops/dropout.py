@@ -3,6 +3,9 @@
 Element (row, column) is kept when word 0 of Philox4x32-10, with the seed as key and (column, row mod 2^32, row // 2^32,
 0) as counter, is at least p * 2^32. The seed is a tensor of one int64, so that CUDA graphs and checkpointing, which
 know how to replay torch's generators, replay dropout too.
+
+A part of a larger call has a seed of four numbers: the seed, the rows of a head in the whole, and of the part's first
+query and first key the row in its head and the column. It drops what the whole would.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,6 +35,11 @@ def changing_seeds(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         _change = before
+
+
+def placed(seed: Tensor, rows: int, first_row: int, first_column: int) -> Tensor:
+    """seed: (1,) int64 -> (4,), of a part"""
+    return torch.cat((seed, torch.tensor((rows, first_row, first_column), dtype=torch.int64, device=seed.device)))
 
 
 def threshold(p: float) -> int:

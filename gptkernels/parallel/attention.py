@@ -5,94 +5,91 @@ of them are computed. A dense layer's see all, which are gathered, or go around 
 too many to hold. Every query is then one of the usual kernels' own: their last query is at their last key.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.attention import attention
 from ..ops.attention.op import padded_heads
 from ..ops.attention.outputs import empty_in_order_of
 from ..ops.attention.sinks import add_sinks, delta_of, sinks_grad
-from ..ops.attention.visibility import Window, sides
+from ..ops.attention.visibility import sides
 from ..ops.autocast import autocast
 from ..ops.checks import check_bounds
+from ..ops.dropout import draw_seed
 from . import calls, gather, ring
 from .calls import Options, PartCall
 from .exchange import Blocks, return_gradients, send_keys, zeros
 from .layout import Plan, plan_of
 from .shards import Shard
 
+SIGNATURE = inspect.signature(attention)
 # Of all ranks' keys and values of one layer: more than this is not held for its backward pass.
 RING_BYTES = 256 << 20
+_documents = WeakIdKeyDictionary()
 
 
-def shard_attention(
-    shard: Shard,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    window: Window = None,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    key_start: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool = False,
-    backend: str = "auto",
-) -> Any:
+def shard_attention(shard: Shard, *args, **kwargs) -> Any:
     """As gptkernels.attention of the whole sequence, of which q, k, v and the result are this rank's shard. key_start,
     cu_seqlens and alibi_slopes are those of the whole."""
-    q, k, v = autocast(q, k, v)
-    attention.prepare(
-        q, k, v, causal=causal, window=window, scale=scale, dropout=dropout, key_start=key_start,
-        cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes,
-        return_lse=return_lse, deterministic=deterministic, backend=backend,
-    ).check()  # fmt: skip
-    packed = cu_seqlens is not None
-    tokens = q.shape[0 if packed else 2]
-    check_inside(q, k, tokens, dropout, cu_seqlens_k)
-    if tokens % (shard.layout.pieces // shard.size):
-        raise ValueError(f"q must have an even number of tokens with layout='zigzag', not {tokens}")
+    call = SIGNATURE.bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    given["q"], given["k"], given["v"] = q, k, v = autocast(given["q"], given["k"], given["v"])
+    attention.prepare(**given).check()
+    bounds, slopes, scale = given["cu_seqlens"], given["alibi_slopes"], given["scale"]
+    tokens = q.shape[2 if bounds is None else 0]
+    check_inside(shard, k, tokens, given)
     whole = tokens * shard.size
-    left, right = (None if side is None or side >= whole - 1 else side for side in sides(causal, window))
+    window = sides(given["causal"], given["window"])
+    left, right = (None if side is None or side >= whole - 1 else side for side in window)
     options = Options(
-        causal,
-        (left, right),
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-        softcap,
-        key_start,
-        alibi_slopes if alibi_slopes is None else alibi_slopes.contiguous(),
-        packed,
-        deterministic,
-        backend,
+        causal=given["causal"],
+        window=(left, right),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=given["softcap"],
+        dropout=float(given["dropout"]),
+        key_start=given["key_start"],
+        slopes=slopes if slopes is None else slopes.contiguous(),
+        packed=bounds is not None,
+        tokens=whole,
+        deterministic=given["deterministic"],
+        backend=given["backend"],
     )
-    bounds = (0, whole) if cu_seqlens is None else tuple(check_bounds(cu_seqlens, whole))
-    plan = plan_of(shard.layout, shard.rank, tokens, bounds, left, right)
+    documents = (0, whole) if bounds is None else documents_of(bounds, whole)
+    plan = plan_of(shard.layout, shard.rank, tokens, documents, left, right)
     method = method_of(shard, options, k)
     job = Job(shard, plan, calls.calls_of(plan.parts, plan.spans, options), options, method)
-    out, lse = ShardAttentionFunction.apply(job, *padded_heads(q, k, v), sinks)
+    out, lse = ShardAttentionFunction.apply(job, *padded_heads(q, k, v), given["sinks"])
     out = out[..., : q.shape[-1]]
-    return (out, lse) if return_lse else out
+    return (out, lse) if given["return_lse"] else out
 
 
-def check_inside(q: Tensor, k: Tensor, tokens: int, dropout: float, cu_seqlens_k: Tensor | None) -> None:
+def documents_of(bounds: Tensor, whole: int) -> tuple[int, ...]:
+    """bounds: cu_seqlens. All layers have the same, and a GPU is waited for only once."""
+    version = None if bounds.is_inference() else bounds._version
+    known = _documents.get(bounds)
+    if version is None or known is None or known[:2] != (version, whole):
+        known = _documents[bounds] = version, whole, tuple(check_bounds(bounds, whole))
+    return known[2]
+
+
+def check_inside(shard: Shard, k: Tensor, tokens: int, given: dict[str, Any]) -> None:
+    """tokens: of q; given: arguments of attention, each of which is one that it takes"""
     where = "inside gptkernels.parallel.context"
-    if cu_seqlens_k is not None:
+    if given["cu_seqlens_k"] is not None:
         raise ValueError(f"cu_seqlens_k must be None {where}: queries and keys are cut alike")
     if k.shape[0 if k.ndim == 3 else 2] != tokens:
         raise ValueError(
             f"k must have q's {tokens} tokens {where}, where both are a shard of one sequence, not {k.shape[-2]}"
         )
-    if dropout:
-        raise ValueError(f"dropout must be 0 {where}, not {dropout}: kernels count its rows from the shard's first")
+    if tokens % (shard.layout.pieces // shard.size):
+        raise ValueError(f"q must have an even number of tokens {where} with layout='zigzag', not {tokens}")
 
 
 def method_of(shard: Shard, options: Options, k: Tensor) -> str:
@@ -136,12 +133,12 @@ class Job(NamedTuple):
 class ShardAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, job, q, k, v, sinks):
-        # The kernels' results are read back only where they are rows of the shard's.
+        seed = shared_seed(job.shard, q.device) if job.options.dropout else None
         out = empty_in_order_of(q)
         shape = q.shape[:-1] if q.ndim == 4 else (q.shape[1], q.shape[0])
         lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-        others = METHODS[job.method][0](job, q, k, v, sinks, out, lse)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *others)
+        others = METHODS[job.method][0](job, q, k, v, sinks, seed, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, seed, out, lse, *others)
         ctx.job = job
         ctx.set_materialize_grads(False)
         return out, lse
@@ -149,39 +146,47 @@ class ShardAttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, sinks, out, lse, *others = ctx.saved_tensors
+        q, k, v, sinks, seed, out, lse, *others = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         with torch.autocast(q.device.type, enabled=False):
-            run = Backward(ctx.job, dout, dlse, q, sinks, out, lse)
+            run = Backward(ctx.job, dout, dlse, q, sinks, seed, out, lse)
             dk, dv = METHODS[ctx.job.method][1](run, k, v, others)
         return None, run.dq, dk, dv, run.dsinks
 
 
-def forward_near(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+def shared_seed(shard: Shard, device: torch.device) -> Tensor:
+    """Every rank draws one, as it would without the others, and all take the first one's."""
+    seed = draw_seed(device)
+    with shard.talking():
+        dist.broadcast(seed, group=shard.group, group_src=0)
+    return seed
+
+
+def forward_near(job: Job, q, k, v, sinks, seed, out, lse) -> list[Tensor]:
     """Keys come from the ranks that have them, and only those that are seen. -> what arrived"""
     blocks = job.own(k, v)
     messages = send_keys(job.shard, job.plan, blocks, k)
     for call in job.calls:
         if job.is_here(call):
-            fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks), out, lse)
+            fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks, seed), out, lse)
     arrived = messages.finish()
     for spans, message in arrived:
         blocks.add(spans, *message)
     for call in job.calls:
         if not job.is_here(call):
-            fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks), out, lse)
+            fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks, seed), out, lse)
     return [message for _, message in arrived]
 
 
-def forward_gather(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+def forward_gather(job: Job, q, k, v, sinks, seed, out, lse) -> list[Tensor]:
     """All keys come to everybody. -> them: (2, ...)"""
     keys = gather.gathered(job.shard, torch.stack((k, v)), job.options.dim + 1)
     blocks = Blocks(job.options.dim)
     blocks.add((job.whole(),), *keys)
     for call in job.calls:
-        fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks), out, lse)
+        fill_in(call, calls.forward(call, q, blocks.read(call.part.keys), sinks, seed), out, lse)
     return [keys]
 
 
@@ -194,16 +199,16 @@ def fill_in(call: PartCall, found: tuple[Tensor, Tensor], out: Tensor, lse: Tens
 class Backward:
     """What the parts of a backward pass share, and add to"""
 
-    def __init__(self, job: Job, dout, dlse, q, sinks, out, lse):
+    def __init__(self, job: Job, dout, dlse, q, sinks, seed, out, lse):
         self.job, self.given = job, (dout, dlse, q)
-        self.sinks, self.out, self.lse = sinks, out, lse
+        self.sinks, self.seed, self.out, self.lse = sinks, seed, out, lse
         self.dq = empty_in_order_of(q)
         self.dsinks = None if sinks is None else torch.zeros_like(sinks, dtype=torch.float32)
 
     def part(self, call: PartCall, blocks: Blocks, sums: Blocks) -> None:
         dout, dlse, q = self.given
         keys = blocks.read(call.part.keys)
-        dq, dk, dv, dsinks = calls.backward(call, dout, dlse, q, keys, self.sinks, self.out, self.lse)
+        dq, dk, dv, dsinks = calls.backward(call, dout, dlse, q, keys, self.sinks, self.seed, self.out, self.lse)
         call.queries(self.dq).copy_(dq)
         sums.accumulate(call.part.keys, dk, dv)
         if self.dsinks is not None and dsinks is not None:
@@ -251,14 +256,14 @@ def backward_ring(run: Backward, k: Tensor, v: Tensor, _: list[Tensor]) -> tuple
     job, (dout, dlse, q) = run.job, run.given
     if run.dsinks is not None:
         run.dsinks += sinks_grad(run.sinks, run.lse, delta_of(dout, run.out, dlse))
-    dq, dk, dv = ring.backward(job.shard, job.options, dout, dlse, q, k, v, run.out, run.lse)
+    dq, dk, dv = ring.backward(job.shard, job.options, dout, dlse, q, k, v, run.seed, run.out, run.lse)
     run.dq.copy_(dq)
     return dk.to(k.dtype), dv.to(v.dtype)
 
 
-def forward_ring(job: Job, q, k, v, sinks, out, lse) -> list[Tensor]:
+def forward_ring(job: Job, q, k, v, sinks, seed, out, lse) -> list[Tensor]:
     """Keys go around, one rank's at a time; nothing of them is kept"""
-    found, found_lse = ring.forward(job.shard, job.options, q, k, v)
+    found, found_lse = ring.forward(job.shard, job.options, q, k, v, seed)
     out.copy_(found), lse.copy_(found_lse)
     if sinks is not None:
         add_sinks(out, lse, sinks)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..dispatch import checked, select
 from ..ops.attention import attention
+from ..ops.dropout import placed
 from .layout import Part, Span
 
 
@@ -20,9 +21,11 @@ class Options:
     window: tuple[int | None, int | None]
     scale: float
     softcap: float | None
+    dropout: float
     key_start: Tensor | None
     slopes: Tensor | None
     packed: bool
+    tokens: int  # of the whole sequence
     deterministic: bool
     backend: str
 
@@ -72,9 +75,9 @@ class PartCall:
         return F.pad(lse, (0, self.ahead), value=torch.inf) if self.ahead else lse.contiguous()
 
     def prepared(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, seed: Tensor | None) -> tuple[Any, Any]:
-        """q: of the shard, k, v: of the part's keys -> kernels, record"""
+        """q: of the shard, k, v: of the part's keys, seed: of the whole -> kernels, record"""
         options = self.options
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"deterministic": options.deterministic or torch.are_deterministic_algorithms_enabled()}
         start, stop = self.part.keys
         slopes = options.slopes
         if options.packed:
@@ -87,11 +90,12 @@ class PartCall:
             more["key_start"] = (options.key_start - start).clamp(0, stop - start)
         call = attention.prepare(
             self.padded(q), k, v, causal=options.causal, window=options.window, scale=options.scale,
-            softcap=options.softcap, sinks=sinks, alibi_slopes=slopes, deterministic=options.deterministic,
-            backend=options.backend, return_lse=True, **more,
+            dropout=options.dropout, softcap=options.softcap, sinks=sinks, alibi_slopes=slopes, return_lse=True,
+            backend=options.backend, **more,
         )  # fmt: skip
         record: Any = checked(call)
-        record.seed = seed
+        if seed is not None:
+            record.seed = placed(seed, options.tokens, self.part.queries[0], start)
         return select(call, record), record
 
 
@@ -109,9 +113,11 @@ def calls_of(parts: tuple[Part, ...], spans: tuple[Span, ...], options: Options)
     return found
 
 
-def forward(call: PartCall, q: Tensor, keys: tuple[Tensor, Tensor], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    call: PartCall, q: Tensor, keys: tuple[Tensor, Tensor], sinks: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """q: of the shard, keys: of the part -> out and lse of the part's queries"""
-    kernels, record = call.prepared(q, *keys, sinks, None)
+    kernels, record = call.prepared(q, *keys, sinks, seed)
     out, lse = kernels.attention_fwd(record)
     return out.narrow(call.options.dim, 0, call.count), lse.narrow(-1, 0, call.count)
 
@@ -123,11 +129,12 @@ def backward(
     q: Tensor,
     keys: tuple[Tensor, Tensor],
     sinks: Tensor | None,
+    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """out, lse: of the shard, over all of its keys -> dq of the part's queries, dk, dv of its keys, dsinks"""
-    kernels, record = call.prepared(q, *keys, sinks, None)
+    kernels, record = call.prepared(q, *keys, sinks, seed)
     if dlse is not None:
         dlse = F.pad(dlse.narrow(-1, call.first, call.count), (0, call.ahead)).contiguous()
     rows = call.padded(dout), call.padded(out), call.padded_lse(lse)

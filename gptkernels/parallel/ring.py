@@ -66,7 +66,9 @@ def merge(out: Tensor, lse: Tensor, found: Tensor, found_lse: Tensor) -> None:
     lse.copy_(both)
 
 
-def forward(shard: Shard, options: Options, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    shard: Shard, options: Options, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """q: (B, H, tokens, D), k, v: (B, Hkv, tokens, D) -> out: as q, lse: (B, H, tokens), float32"""
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
@@ -75,7 +77,7 @@ def forward(shard: Shard, options: Options, q: Tensor, k: Tensor, v: Tensor) -> 
         last = step == shard.size - 1
         messages = None if last else passed_on(shard, held, k)
         for pair in pairs_of(shard, (shard.rank - step) % shard.size, options, q.shape[2]):
-            found = calls.forward(pair.call, q, keys_of(pair, held), None)
+            found = calls.forward(pair.call, q, keys_of(pair, held), None, seed)
             merge(pair.call.queries(out), lse.narrow(-1, pair.call.first, pair.call.count), *found)
         if messages is not None:
             held = arrived(messages)
@@ -90,6 +92,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +104,7 @@ def backward(
         messages = None if last else passed_on(shard, held, k)
         mine = torch.zeros_like(held, dtype=torch.float32)
         for pair in pairs_of(shard, (shard.rank - step) % shard.size, options, q.shape[2]):
-            found = calls.backward(pair.call, dout, dlse, q, keys_of(pair, held), None, out, lse)
+            found = calls.backward(pair.call, dout, dlse, q, keys_of(pair, held), None, seed, out, lse)
             pair.call.queries(dq).add_(found[0])
             for total, grad in zip(keys_of(pair, mine), found[1:3], strict=True):
                 total += grad

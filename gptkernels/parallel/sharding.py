@@ -45,8 +45,8 @@ def run_sharded(op: Callable, args: tuple, kwargs: Arguments) -> Any:
     """A call of a public op with DTensors among its arguments"""
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
-    call = Call(op, bound.arguments)
-    return call.run()
+    op.prepare(**bound.arguments).check()  # type: ignore[attr-defined]
+    return Call(op, bound.arguments).run()
 
 
 class Call:
@@ -143,10 +143,12 @@ class Call:
 
     def computed(self, local: Arguments) -> Any:
         op, rows = self.op, [number for number, each in enumerate(self.strategies) if each.shares_work]
-        for number, strategy in enumerate(self.strategies):
-            if is_vocabulary(strategy):
-                rows.remove(number)
-                op = functools.partial(self.loss_of_vocabulary, number)
+        cut = [number for number, each in enumerate(self.strategies) if is_vocabulary(each)]
+        if len(cut) > 1:
+            raise ValueError(f"weight must be cut by vocabulary in one dimension of the mesh, not in {len(cut)}")
+        for number in cut:
+            rows.remove(number)
+            op = functools.partial(self.loss_of_vocabulary, number)
         if local.get("reduction") == "mean" and rows:
             return mean_loss(op, local, [self.mesh.get_group(dimension) for dimension in rows])
         return op(**local)
@@ -208,11 +210,9 @@ def check_heads(call: Call, wanted: dict[str, list[Placement]]) -> None:
     ranks = 1
     for dimension, placement in enumerate(wanted["q"]):
         ranks *= call.mesh.size(dimension) if placement == Shard(1) else 1
-    heads, kv_heads = call.tensors["q"].shape[1], call.tensors[key].shape[1]
+    kv_heads = call.tensors[key].shape[1]
     if kv_heads % ranks:
-        raise ValueError(
-            f"{key} must have a number of heads that divides by the {ranks} ranks, not {kv_heads} ({heads})"
-        )
+        raise ValueError(f"{key} must have heads that divide by the {ranks} ranks that cut them, not {kv_heads}")
 
 
 def is_vocabulary(strategy: Strategy) -> bool:

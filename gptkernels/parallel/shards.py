@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ def connect(group, device_type: str) -> None:
 class State:
     """Of this process: a backward pass runs in threads of autograd's own, which have to see the same."""
 
-    shard: Shard | None = field(default=None)
+    shard: Shard | None = None
 
 
 _state = State()

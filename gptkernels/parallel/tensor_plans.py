@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..swap.modules import Foreign
-from ..swap.parts import CUT, is_conv1d
+from ..swap.parts import CUT, is_conv1d, is_plain, not_plain
 from ..swap.probe import undisturbed
 from ..swap.trial import inputs
 from . import vocabulary
@@ -55,7 +55,8 @@ def cut_model(model: Foreign, ranks: Ranks) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     ends = isinstance(embedding, nn.Embedding) and (head is None or isinstance(head, nn.Linear))
     part = Vocabulary(ranks, embedding.num_embeddings) if ends else None
-    before = logits_of(model)
+    before = logits_of(model).to(ranks.mesh.device_type)
+    dist.broadcast(before, group=ranks.group, group_src=0)  # whose weights all get
     for path, styles in units.items():
         cut_unit(model.get_submodule(path), styles, ranks)
     if part is not None:
@@ -63,16 +64,16 @@ def cut_model(model: Foreign, ranks: Ranks) -> None:
     whole_everywhere(model, ranks)
     model.generate = agreeing(model.generate, ranks)
     model.to(torch.device(ranks.mesh.device_type))  # the buffers, which nothing has cut
-    after = logits_of(model)
+    after = logits_of(model).to(before.device)
     allowed = TOLERANCE.get(before.dtype, 1e-4) * float(before.abs().max())
     if not float((after - before).abs().max()) <= allowed:
         raise RuntimeError(f"model {type(model).__name__} has other logits when it is cut by its plan: load it again")
 
 
 def logits_of(model: Foreign) -> Tensor:
-    """Of a few tokens, on the CPU"""
+    """Of a few tokens"""
     with torch.no_grad(), undisturbed(model):
-        return model(**inputs(model), use_cache=False)["logits"].cpu()
+        return model(**inputs(model), use_cache=False)["logits"].contiguous()
 
 
 def plan_of(model: Foreign) -> dict[str, str]:
@@ -96,7 +97,9 @@ def units_of(model: Foreign, plan: dict[str, str]) -> dict[str, dict[str, str]]:
         if id(module) in ends and style in ENDS:
             continue
         if style not in KNOWN or module is None:
-            raise ValueError(f"model must have a plan of {', '.join(KNOWN)}, not {style} as {path} in its own")
+            raise ValueError(f"model must have a plan of {', '.join(KNOWN)} for its layers, not {style} for {path}")
+        if style != OF_HEADS and not is_plain(module):
+            raise ValueError(f"model must have linear layers of their own weights, but {path} {not_plain(module)}")
         parent, _, name = path.rpartition(".")
         units.setdefault(parent, {})[name] = style
     for path, styles in units.items():

@@ -89,6 +89,12 @@ def accelerate(
             restore(modules[path])
         undo_configs()
 
+    if shard is not None:
+        try:
+            cutting.check_tokens_apart(model)
+        except Exception:
+            undo()
+            raise
     return Report([row for row in rows if row], left, undo)
 
 

@@ -14,13 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..parallel.shards import Shard, connect, shard_of
-from . import interface
+from . import cut_attention, interface
 from .modules import Family, Foreign
+from .probe import TOLERANCE, undisturbed
 from .report import Left
+from .trial import inputs, without_hooks
 
 IGNORED = -100
 # Of a model's arguments, what says that a sequence is not the ranks' own shards and no more.
 REFUSED = ("past_key_values", "encoder_hidden_states", "cu_seq_lens_q", "cu_seq_lens_k", "token_type_ids")
+FLAGS = {
+    "use_cache": "no rank has a whole sequence to go on from",
+    "output_router_logits": "the router's loss is not the mean of those of shards",
+}
 
 
 def shard_for(model: nn.Module, mesh, found: dict[str, list[Family]], left: list[Left]) -> Shard:
@@ -34,6 +40,9 @@ def shard_for(model: nn.Module, mesh, found: dict[str, list[Family]], left: list
         raise ValueError(f"context_parallel must be None for {name}, whose forward takes no position_ids")
     if getattr(model.config, "is_encoder_decoder", False) or ("labels" in parameters and not is_causal(model)):
         raise ValueError(f"context_parallel must be None for {name}, which is no causal language model")
+    if getattr(model.config, "output_router_logits", False):
+        why = FLAGS["output_router_logits"]
+        raise ValueError(f"context_parallel must be None for {name} with output_router_logits: {why}")
     attentions = [family.name for families in found.values() for family in families if family.part == "attention"]
     unreplaced = [row.path for row in left if row.part == "attention"]
     if not attentions or unreplaced or set(attentions) - {interface.NAME}:
@@ -42,6 +51,26 @@ def shard_for(model: nn.Module, mesh, found: dict[str, list[Family]], left: list
         )
     connect(shard.group, mesh.device_type)
     return shard
+
+
+def check_tokens_apart(model: Foreign) -> None:
+    """ValueError where anything but attention takes something from one token to another (convolutions and recurrent
+    layers do): by trying, with an attention in which each token sees itself alone."""
+    name, changed = type(model).__name__, 2
+    if next(model.parameters()).device.type == "meta":
+        raise ValueError(f"context_parallel must be None for {name} on the meta device, where it cannot be tried")
+    tokens = inputs(model)["input_ids"]
+    others = tokens.clone()
+    others[:, changed] = (others[:, changed] + 1) % model.config.get_text_config().vocab_size
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    with torch.no_grad(), undisturbed(model), without_hooks(model), cut_attention.tokens_alone():
+        before, after = (
+            model.forward(input_ids=x, position_ids=positions, use_cache=False)[0].float() for x in (tokens, others)
+        )
+    moved = (after - before).abs().amax((0, 2))
+    moved[changed] = 0
+    if moved.max() > TOLERANCE.get(model.dtype, 1e-4) * before.abs().max():
+        raise ValueError(f"context_parallel must be None for {name}: not only its attention takes tokens together")
 
 
 def is_causal(model: Foreign) -> bool:
@@ -61,8 +90,9 @@ def add_hook(model: nn.Module, shard: Shard) -> Callable[[], None]:
 
 def of_shard(shard: Shard, given: dict[str, Any]) -> dict[str, Any]:
     """given: what the model was called with -> what it runs with"""
-    if given.get("use_cache"):
-        raise ValueError("use_cache must be False with context_parallel: no rank has a whole sequence to go on from")
+    for name, why in FLAGS.items():
+        if given.get(name):
+            raise ValueError(f"{name} must be False with context_parallel: {why}")
     for name in REFUSED:
         if given.get(name) is not None:
             raise ValueError(f"{name} must be None with context_parallel, which cuts one sequence per row and no more")

@@ -1,5 +1,8 @@
 """An attention of transformers whose tokens are one rank's shard of each sequence."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,8 @@ from ..parallel import shards
 from ..parallel.attention import shard_attention
 from ..parallel.shards import Shard
 from .masks import Mask
+
+_alone = False
 
 
 @torch.compiler.disable
@@ -22,7 +27,20 @@ def attend(shard: Shard | None, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **o
             "attention_mask must hide nothing but what is ahead with context_parallel, where a whole sequence fills "
             f"each row, not be of kind {mask.kind}"
         )
+    if _alone:
+        return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     return shard_attention(shard, q, k, v, window=mask.window, **options)
+
+
+@contextmanager
+def tokens_alone() -> Iterator[None]:
+    """Inside, each token sees itself alone, and nobody is asked for anything."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
 
 
 def is_cut(shard: Shard | None) -> bool:

@@ -47,10 +47,10 @@ class Sequences(NamedTuple):
         """lse: (B, H, Tq) or packed (H, T) -> (B', H, Tq')"""
         return lse[:, self.queries].unsqueeze(0) if self.packed else lse[self.batch]
 
-    def dropout_row(self, lse: Tensor) -> Tensor:
-        """lse: (B, H, Tq) or packed (H, T) -> (B', H, 1, 1): the dropout row of each head's first query here"""
+    def dropout_row(self, lse: Tensor, rows: int | Tensor) -> Tensor:
+        """lse: (B, H, Tq) or packed (H, T), rows: of a head -> (B', H, 1, 1): that of each head's first query here"""
         heads = lse.shape[:-1].numel()
-        row = torch.arange(heads, device=lse.device) * lse.shape[-1] + self.queries.start
+        row = torch.arange(heads, device=lse.device) * rows + self.queries.start
         return row.view(1, -1, 1, 1) if self.packed else row.view(*lse.shape[:2], 1, 1)[self.batch]
 
 
@@ -244,7 +244,11 @@ def kept(seed: Tensor, part: Sequences, block: Block, lse: Tensor, dropout: floa
     """-> (B', H, queries, keys): 1 / (1 - dropout) where dropout keeps a weight, else 0"""
     query = torch.arange(block.queries.start, block.queries.stop, device=lse.device).unsqueeze(1)
     key = part.keys.start + torch.arange(block.keys.start, block.keys.stop, device=lse.device)
-    return keep(seed, part.dropout_row(lse) + query, key, dropout) / (1 - dropout)
+    rows: int | Tensor = lse.shape[-1]
+    if seed.shape[0] > 1:
+        seed, rows, first_row, first_key = seed.split(1)
+        query, key = query + first_row, key + first_key
+    return keep(seed, part.dropout_row(lse, rows) + query, key, dropout) / (1 - dropout)
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:

@@ -19,7 +19,7 @@ class AttentionCall(Record):
     cu_seqlens: Tensor | None = None  # (N + 1,) int32
     cu_seqlens_k: Tensor | None = None  # as cu_seqlens; None: the same
     alibi_slopes: Tensor | None = None  # (H,) or (B or N, H) float32
-    seed: Tensor | None = None  # (1,) int64, drawn in the forward pass where there is dropout
+    seed: Tensor | None = None  # (1,) int64, drawn in the forward pass where there is dropout; (4,): ops/dropout.py
     # How many keys a query sees before and after its own position, fewer than there are; None: all.
     left: int | None = None
     right: int | None = 0

@@ -4,7 +4,7 @@ so gradients are the same every time."""
 import triton
 import triton.language as tl
 
-from ..triton_dropout import kept
+from ..triton_dropout import counted_from, kept
 from .triton_blocks import (
     LN2,
     LOG2E,
@@ -160,6 +160,7 @@ def attention_bwd_dkdv_kernel(
     PACKED: tl.constexpr,
     OWN_KEYS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    PLACED: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -207,6 +208,7 @@ def attention_bwd_dkdv_kernel(
     full = tl.maximum(full_stop - full_start, 1)
     for i in tl.range(0, (full_stop - full_start) * group, num_stages=STAGES):
         head, first_row = h * group + i // full, (first_head + i // full) * rows + start
+        drop_row, drop_column = counted_from(seed_ptr, first_head + i // full, rows, first_row, key_row, PLACED)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + sequence * slope_stride + head) * LOG2E
@@ -215,7 +217,7 @@ def attention_bwd_dkdv_kernel(
         dk1, dk2, dv1, dv2 = key_grad_block(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_head, q_head,
             lse_ptr + first_row, delta_ptr + first_row, seed_ptr, full_start + i % full,
-            key, low, offset, queries, keys, (behind, ahead), scale, softcap, slope, first_row, key_row,
+            key, low, offset, queries, keys, (behind, ahead), scale, softcap, slope, drop_row, drop_column,
             drop_below, keep_scale,
             CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_M, False, TMA,
         )  # fmt: skip
@@ -225,6 +227,7 @@ def attention_bwd_dkdv_kernel(
     BOUNDARY_STAGES: tl.constexpr = 1 if TMA and D1 == 128 and D2 == 0 else STAGES
     for i in tl.range(0, (before + stop - full_stop) * group, num_stages=BOUNDARY_STAGES):
         head, first_row, j = h * group + i // boundary, (first_head + i // boundary) * rows + start, i % boundary
+        drop_row, drop_column = counted_from(seed_ptr, first_head + i // boundary, rows, first_row, key_row, PLACED)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + sequence * slope_stride + head) * LOG2E
@@ -234,7 +237,7 @@ def attention_bwd_dkdv_kernel(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, dout_head, q_head,
             lse_ptr + first_row, delta_ptr + first_row, seed_ptr,
             tl.where(j < before, block + j, full_stop + j - before),
-            key, low, offset, queries, keys, (behind, ahead), scale, softcap, slope, first_row, key_row,
+            key, low, offset, queries, keys, (behind, ahead), scale, softcap, slope, drop_row, drop_column,
             drop_below, keep_scale,
             CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_M, True, TMA,
         )  # fmt: skip

@@ -4,7 +4,7 @@ Nothing is added up across programs, so gradients are the same every time."""
 import triton
 import triton.language as tl
 
-from ..triton_dropout import kept
+from ..triton_dropout import counted_from, kept
 from .triton_blocks import (
     LN2,
     LOG2E,
@@ -147,6 +147,7 @@ def attention_bwd_dq_kernel(
     OWN_KEYS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    PLACED: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -180,6 +181,7 @@ def attention_bwd_dq_kernel(
     k_head = ((k_ptr, k_stride_t), k_tma, place)
     v_head = ((v_ptr, v_stride_t), v_tma, place)
     first_row = batch_head.to(tl.int64) * rows + start
+    drop_row, drop_column = counted_from(seed_ptr, batch_head.to(tl.int64), rows, first_row, key_row, PLACED)
 
     slope = 0.0
     if ALIBI:
@@ -212,7 +214,7 @@ def attention_bwd_dq_kernel(
     for i in tl.range(full_start, full_stop, num_stages=STAGES):
         dq1, dq2 = query_grad_block(
             dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_head, v_head, seed_ptr, i,
-            position, low, keys, band, scale, softcap, slope, first_row + query, key_row, drop_below, keep_scale,
+            position, low, keys, band, scale, softcap, slope, drop_row + query, drop_column, drop_below, keep_scale,
             CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, TMA,
         )  # fmt: skip
     before = full_start - block
@@ -220,7 +222,7 @@ def attention_bwd_dq_kernel(
         dq1, dq2 = query_grad_block(
             dq1, dq2, q1, q2, dout1, dout2, lse, delta, k_head, v_head, seed_ptr,
             tl.where(i < before, block + i, full_stop + i - before),
-            position, low, keys, band, scale, softcap, slope, first_row + query, key_row, drop_below, keep_scale,
+            position, low, keys, band, scale, softcap, slope, drop_row + query, drop_column, drop_below, keep_scale,
             CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, TMA,
         )  # fmt: skip
     dq1 = dq1 * (scale * LN2)

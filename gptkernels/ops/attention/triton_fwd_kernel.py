@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton_dropout import kept
+from ..triton_dropout import counted_from, kept
 from .triton_blocks import (
     LN2,
     LOG2E,
@@ -145,6 +145,7 @@ def attention_fwd_kernel(
     OWN_KEYS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    PLACED: tl.constexpr,
     D: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -176,6 +177,7 @@ def attention_fwd_kernel(
     k_head = ((k_ptr, k_stride_t), k_tma, place)
     v_head = ((v_ptr, v_stride_t), v_tma, place)
     first_row = batch_head.to(tl.int64) * rows + start
+    drop_row, drop_column = counted_from(seed_ptr, batch_head.to(tl.int64), rows, first_row, key_row, PLACED)
 
     slope = 0.0
     if ALIBI:
@@ -198,7 +200,7 @@ def attention_fwd_kernel(
     for i in tl.range(full_start, full_stop, num_stages=STAGES):
         sum1, sum2, peak, total = attend_block(
             sum1, sum2, peak, total, q1, q2, k_head, v_head, seed_ptr, i, position, low, keys,
-            band, scale, softcap, slope, first_row + query, key_row, drop_below,
+            band, scale, softcap, slope, drop_row + query, drop_column, drop_below,
             CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, False, False, TMA,
         )  # fmt: skip
     before = full_start - block
@@ -206,7 +208,7 @@ def attention_fwd_kernel(
         sum1, sum2, peak, total = attend_block(
             sum1, sum2, peak, total, q1, q2, k_head, v_head, seed_ptr,
             tl.where(i < before, block + i, full_stop + i - before), position, low, keys,
-            band, scale, softcap, slope, first_row + query, key_row, drop_below,
+            band, scale, softcap, slope, drop_row + query, drop_column, drop_below,
             CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, False, TMA,
         )  # fmt: skip
 
@@ -229,7 +231,7 @@ def attention_fwd_kernel(
                 sum1, sum2, peak, total = attend_block(
                     sum1, sum2, peak, total, q1, q2, k_head, v_head, seed_ptr,
                     tl.where(i < full, full_start + i, boundary), position, low, keys,
-                    band, scale, softcap, slope, first_row + query, key_row, drop_below,
+                    band, scale, softcap, slope, drop_row + query, drop_column, drop_below,
                     CAUSAL, LEFT, RIGHT, SOFTCAP, ALIBI, HAS_DROPOUT, D, D1, D2, BLOCK_N, True, True, TMA,
                 )  # fmt: skip
             for key in tl.range(block * BLOCK_N, tl.minimum(stop * BLOCK_N, keys)):

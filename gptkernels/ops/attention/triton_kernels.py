@@ -62,6 +62,7 @@ def shared_arguments(call: AttentionCall):
         "PACKED": packed,
         "OWN_KEYS": call.cu_seqlens_k is not None,
         "HAS_DROPOUT": call.dropout > 0,
+        "PLACED": call.seed is not None and call.seed.shape[0] > 1,
         "D": q.shape[-1],
         "D1": d1,
         "D2": d2,
