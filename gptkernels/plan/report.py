@@ -17,7 +17,6 @@ from .published import BOUND, MISSED, Run, runs
 from .rates import Constants, Rates
 from .search import Infeasible, Job, Plan
 from .step import step_times
-from .traffic import gathered_bytes, halo_bytes
 
 SHOWN = 5
 KINDS = {
@@ -128,7 +127,7 @@ WHEN = {
     "data": "beside computation",
     "step": "once a step",
     "waits": "in its way",
-    "halo": "beside attention",
+    "attention": "beside attention",
 }
 
 
@@ -159,11 +158,9 @@ def savings(plan: Plan, rates: Rates) -> list[str]:
         return []
     lines = []
     if plan.split.context > 1:
-        halo = halo_bytes(job.config, step.micro, windows[0], job.length, plan.split)
-        gathered = gathered_bytes(job.config, step.micro, job.length, plan.split)
         lines.append(
-            f"halo: {halo / 1e6:,.3g} MB for a banded layer, where gathering its keys and values would move "
-            f"{gathered / 1e6:,.4g} MB"
+            f"halo: {step.halo(windows[0]) / 1e6:,.3g} MB for a banded layer, where all keys and values would be "
+            f"{step.gathered / 1e6:,.4g} MB"
         )
     dense = replace(step, config=replace(job.config, pattern=("dense",)))
     flops = [cost.training_flops_per_token(each.config, job.length) for each in (step, dense)]
