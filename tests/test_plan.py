@@ -216,6 +216,8 @@ def test_measured_ceilings_come_first(tmp_path):
     assert (found.product, found.copy) == (700e12, 3000e9)
     assert "measured" in found.says[0]
     assert "fitted" in found.says[1]
+    (tmp_path / "h100-bench.json").write_text(json.dumps(document | {"device": {"name": "NVIDIA H100 PCIe"}}))
+    assert "data sheet" in rates.rates_of(H100, 64, 2048, None, tmp_path).says[0], "that is another GPU"
     assert "data sheet" in rates.rates_of(facts.GPUS["a100-80"], 64, 2048, None, tmp_path).says[0]
 
 
@@ -281,6 +283,10 @@ def test_the_command_line_is_one_that_train_takes(capsys, monkeypatch):
     assert line.startswith("run: torchrun --nnodes 2 --nproc-per-node 8 -m gptkernels train --model gpt3-2.7b")
     assert "--context 4096" in line
     assert "--parallel " in line
+    # Where training under that name would be of another model, there is none.
+    for words in (["--model", "gpt2", "--window", "64"], ["--layers", "2", "--width", "64", "--heads", "4"]):
+        assert "has no name for this model" in plan(capsys, *words)[1]
+    assert "run: gptkernels train --model gpt3-1.3b " in plan(capsys, "--gpus", "1")[1]
 
 
 def test_json_says_the_same(capsys):
