@@ -156,7 +156,12 @@ def test_tokenizers_must_be_the_same(tmp_path, taught, capsys):
     written = json.dumps(json.loads((tmp_path / "tokenizer.json").read_text()), indent=4)
     (tmp_path / "hf" / "tokenizer.json").write_text(written)
     assert cli.main(tiny(tmp_path, *own, "--distill-from", f"hf:{tmp_path / 'hf'}")) == 0
-    # Where the tokens are anybody's, there have to be as many.
+    # Where the tokens are anybody's, there have to be as many, but for padding that no text has.
+    np.arange(400, dtype="<u2").__mod__(260).tofile(tmp_path / "large.bin")
+    make(replace(SMALL, vocabulary=300, pattern=("dense",)), 3).to_hf(tmp_path / "padded")
+    padded = ["train", "--init-from", f"hf:{tmp_path / 'padded'}", "--data", str(tmp_path / "large.bin")]
+    assert cli.main([*padded, "--context", "16", "--device", "cpu", "--steps", "1", "--distill-from", taught]) == 1
+    assert "tokens must be below the vocabulary of 256" in capsys.readouterr().err
     np.arange(400, dtype="<u2").__mod__(100).tofile(tmp_path / "text.bin")
     binary = ["train", "--model", "gpt2", "--data", str(tmp_path / "text.bin"), "--context", "32", "--device", "cpu"]
     assert cli.main([*binary, "--distill-from", taught]) == 2

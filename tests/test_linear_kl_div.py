@@ -55,9 +55,9 @@ def test_reference_is_torch(reduction, temperature):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_linear_kl_div(anywhere, backend, dtype, reduction):
-    anywhere.require(backend)
-    tensors, teacher, targets = make(anywhere, 30, 48, 1003, dtype, 5, teacher_d=64, teacher_vocabulary=1024)
+def test_linear_kl_div(where, backend, dtype, reduction):
+    where.require(backend)
+    tensors, teacher, targets = make(where, 30, 48, 1003, dtype, 5, teacher_d=64, teacher_vocabulary=1024)
     options = {"targets": targets, "reduction": reduction, "temperature": 2.0}
     # The teacher is an input like any other: what it loses to 16 bits is part of PyTorch's error as well.
     assert_parity(

@@ -115,9 +115,25 @@ def test_what_context_parallelism_moves():
     step = step_of(replace(SMALL, context=1024), Split(1, 1, 4, "none"), micro=2, times=3)
     moved = {each.name: each.nvlink for each in transfers(step)}
     dense, banded = 3, 3  # layers
-    assert moved["halo of banded layers"] == 3 * banded * (1 + 2) * halo_bytes(SMALL, 2, 16, 1024, step.split)
-    assert moved["all-gather of keys and values"] == 3 * dense * 4 * gathered_bytes(SMALL, 2, 1024, step.split)
+    # Two pieces of a sequence, one from each end, have two halos, whose gradients go back.
+    assert moved["halo of banded layers"] == 3 * banded * 2 * 2 * halo_bytes(SMALL, 2, 16, 1024, step.split)
+    assert moved["all-gather of keys and values"] == 3 * dense * 3 * gathered_bytes(SMALL, 2, 1024, step.split)
     assert moved["all-reduce of gradients"] == 2 * 3 / 4 * step.size.parameters * 4
+    only_banded = replace(step, config=replace(step.config, pattern=("banded",)))
+    assert only_banded.halo(16) == halo_bytes(SMALL, 2, 16, 1024, step.split)
+    assert not any("keys and values" in each.name for each in transfers(only_banded))
+
+
+def test_many_keys_go_around_in_a_ring():
+    config = replace(SMALL, context=2**20, width=512, heads=8)
+    few, many = (step_of(replace(config, context=length), Split(1, 1, 8)) for length in (2**16, 2**20))
+    assert "all-gather of keys and values" in {each.name for each in transfers(few)}
+    assert "ring of keys and values" in {each.name for each in transfers(many)}
+    # One other rank's keys and values, the next one's, and both gradients in float32: six shards, not seven gathered.
+    whole = (
+        step_memory(many).workspace - step_memory(replace(many, config=replace(config, pattern=("banded",)))).workspace
+    )
+    assert whole == pytest.approx(6 * many.gathered / 7)
 
 
 def test_a_group_across_nodes_shares_their_ports():
@@ -125,6 +141,7 @@ def test_a_group_across_nodes_shares_their_ports():
     assert (inside.nvlink, inside.network, inside.seconds) == (8e9, 0, 8e9 / 450e9)
     across = transfer("", "waits", H100, 16, 1, 8e9)
     assert (across.nvlink, across.network, across.seconds) == (7e9, 1e9, 8e9 / 400e9)
+    assert transfer("", "waits", H100, 16, 1, 8e9, one_port=True).seconds == 8e9 / 50e9
     # Of eight groups side by side each has one port of a node.
     apart = transfer("", "waits", H100, 4, 8, 8e9)
     assert (apart.nvlink, apart.network, apart.seconds) == (0, 8e9, 8e9 / 50e9)
@@ -199,6 +216,8 @@ def test_measured_ceilings_come_first(tmp_path):
     assert (found.product, found.copy) == (700e12, 3000e9)
     assert "measured" in found.says[0]
     assert "fitted" in found.says[1]
+    (tmp_path / "h100-bench.json").write_text(json.dumps(document | {"device": {"name": "NVIDIA H100 PCIe"}}))
+    assert "data sheet" in rates.rates_of(H100, 64, 2048, None, tmp_path).says[0], "that is another GPU"
     assert "data sheet" in rates.rates_of(facts.GPUS["a100-80"], 64, 2048, None, tmp_path).says[0]
 
 
@@ -264,6 +283,10 @@ def test_the_command_line_is_one_that_train_takes(capsys, monkeypatch):
     assert line.startswith("run: torchrun --nnodes 2 --nproc-per-node 8 -m gptkernels train --model gpt3-2.7b")
     assert "--context 4096" in line
     assert "--parallel " in line
+    # Where training under that name would be of another model, there is none.
+    for words in (["--model", "gpt2", "--window", "64"], ["--layers", "2", "--width", "64", "--heads", "4"]):
+        assert "has no name for this model" in plan(capsys, *words)[1]
+    assert "run: gptkernels train --model gpt3-1.3b " in plan(capsys, "--gpus", "1")[1]
 
 
 def test_json_says_the_same(capsys):

@@ -107,6 +107,8 @@ def make_trainer(console: Console, options: Namespace, workers: Workers) -> Trai
         dtype = getattr(torch, settings.dtype)
         teacher, tokens = load_teacher(source, model, tokenizer, data.length, dtype, workers.device)
         model = Student.of(model, teacher, settings.alpha, settings.temperature, tokens)
+        if isinstance(data, Text):  # refuses tokens that the teacher does not know
+            data = replace(data, vocabulary=tokens)
         if workers.rank == 0:
             console.print(
                 f"loss: {settings.alpha:g} cross-entropy + {(1 - settings.alpha) * settings.temperature**2:g} KL from "

@@ -10,12 +10,11 @@ from ..failures import UsageError
 from ..models.config import PRESETS, GPTConfig
 from .facts import GPUS
 from .rates import rates_of
-from .search import Job, search
+from .search import DEFAULT_MODEL, Job, search
 
 __all__ = ["add_arguments", "run"]
 
 DIMENSIONS = ("layers", "width", "heads", "vocabulary")
-DEFAULT_MODEL = "gpt3-1.3b"
 BATCH = 2**19
 
 

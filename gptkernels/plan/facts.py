@@ -21,6 +21,7 @@ class GPU:
 
     name: str
     family: str  # whose fitted constants it takes
+    device: str  # part of what its driver calls it
     data_sheet: str  # its name in hardware.DATA_SHEETS
     memory: float
     hbm: float
@@ -38,6 +39,7 @@ GPUS = {
     name: GPU(
         name,
         facts["family"],
+        facts["device"],
         facts["data_sheet"],
         facts["memory_gb"] * 1e9,
         facts["hbm_gbps"] * 1e9,

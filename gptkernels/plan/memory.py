@@ -7,7 +7,7 @@ from ..models.config import GPTConfig
 from ..ops.linear_cross_entropy.chunks import chunk_rows
 from .model import ModelSize
 from .split import Split
-from .traffic import Step, gathered_bytes, halo_bytes
+from .traffic import Step
 
 # Of CUDA, its libraries and NCCL's buffers; and what the allocator can make use of.
 FIXED = 1.5e9
@@ -42,7 +42,7 @@ def step_memory(step: Step) -> Memory:
         activations=activation_bytes(config, tokens, split),
         halo=kept_halos(step),
         loss=loss_bytes(config, tokens, split),
-        workspace=FIXED + copies(step.size, split) + gathered_keys(step),
+        workspace=FIXED + copies(step.size, split) + other_keys(step),
     )
 
 
@@ -65,15 +65,16 @@ def autocasts(split: Split) -> bool:
 def kept_halos(step: Step) -> float:
     if step.split.context == 1:
         return 0.0
-    windows = [window for window in step.windows() if window is not None]
-    return sum(halo_bytes(step.config, step.micro, window, step.length, step.split) for window in windows)
+    return sum(step.halo(window) for window in step.windows() if window is not None)
 
 
-def gathered_keys(step: Step) -> float:
-    """Of one dense layer at a time, and their gradients in float32"""
+def other_keys(step: Step) -> float:
+    """Keys and values of others that one dense layer has at a time, and their gradients in float32"""
     if step.split.context == 1 or None not in step.windows():
         return 0.0
-    return 3 * gathered_bytes(step.config, step.micro, step.length, step.split)
+    others = step.split.context - 1
+    # Around a ring one other rank's are there and the next one's on their way.
+    return (3 + 3 * step.in_ring) * step.gathered / (others if step.in_ring else 1)
 
 
 def loss_bytes(config: GPTConfig, tokens: int, split: Split) -> float:

@@ -12,9 +12,8 @@ from .stacks import PUBLISHED
 from .step import step_times
 from .traffic import Step
 
-FITTED_EVERY = (
-    3  # the first run of every three, in the order in which they stand, is fitted to; the others are held out
-)
+# In the order in which they stand the first run of so many is fitted to; the others are held out.
+FITTED_EVERY = 3
 BOUND = 0.15
 # Runs that miss the bound, and what sets them apart.
 FULL = "its sharded state and one layer's activations are all but all of the 80 GB; the allocator may have had to retry"

@@ -86,7 +86,7 @@ def measured(gpu: GPU, results: Path) -> dict | None:
     for path in sorted(results.glob("*-bench.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         ceilings = document["ceilings"]
-        if gpu.data_sheet in document["device"]["name"] and "bfloat16" in ceilings["gemm_tflops"]:
+        if gpu.device in document["device"]["name"] and "bfloat16" in ceilings["gemm_tflops"]:
             return ceilings
     return None
 

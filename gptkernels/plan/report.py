@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..models import cost
+from ..models.config import PRESETS
 from .batch import cost_of, critical_batch, expected_loss
 from .facts import read
 from .memory import step_memory
+from .model import model_size
 from .published import BOUND, MISSED, Run, runs
 from .rates import Constants, Rates
-from .search import Infeasible, Job, Plan
+from .search import DEFAULT_MODEL, Infeasible, Job, Plan
 from .step import step_times
-from .traffic import gathered_bytes, halo_bytes
 
 SHOWN = 5
 KINDS = {
@@ -41,7 +42,7 @@ def print_plans(job: Job, rates: Rates, plans: list[Plan], others: list[Infeasib
     if plans:
         console.print(table_of(plans if options.all else plans[:SHOWN]))
         details(console, plans[0])
-        say(f"run: {command(plans[0], options)}")
+        say(command(plans[0], options))
         say()
         for line in (*savings(plans[0], rates), *batch_lines(job, options.noise_scale)):
             say(line)
@@ -52,16 +53,12 @@ def print_plans(job: Job, rates: Rates, plans: list[Plan], others: list[Infeasib
 
 
 def title(job: Job) -> str:
-    config = job.config
+    config, parameters = job.config, model_size(job.config).parameters
     window = f", window {config.window}" if "banded" in config.pattern else ""
     return (
-        f"{config.layers} layers of {config.width}, {config.heads} heads{window}, {count(parameters(job))} parameters, "
+        f"{config.layers} layers of {config.width}, {config.heads} heads{window}, {count(parameters)} parameters, "
         f"{job.length:,} tokens a sequence"
     )
-
-
-def parameters(job: Job) -> int:
-    return cost.parameter_count(job.config)
 
 
 def count(number: float) -> str:
@@ -75,8 +72,13 @@ def gigabytes(number: float) -> str:
     return f"{number / 1e9:,.1f}" if number >= 5e7 else f"{number / 1e9:.2g}"
 
 
+def figure(number: float) -> str:
+    """Three digits, or all before the point"""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def duration(seconds: float) -> str:
-    return f"{seconds:,.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+    return f"{figure(seconds)} s" if seconds >= 1 else f"{figure(1e3 * seconds)} ms"
 
 
 def table_of(plans: list[Plan]) -> Table:
@@ -92,7 +94,7 @@ def table_of(plans: list[Plan]) -> Table:
             f"{100 * plan.times.exposed / plan.times.total:.0f}%",
             count(plan.tokens_per_second),
             f"{100 * plan.mfu:.1f}%",
-            f"{plan.days:,.3g}",
+            figure(plan.days),
             count(plan.money),
         )
     return table
@@ -128,27 +130,25 @@ WHEN = {
     "data": "beside computation",
     "step": "once a step",
     "waits": "in its way",
-    "halo": "beside attention",
+    "attention": "beside attention",
 }
 
 
 def command(plan: Plan, options: Namespace) -> str:
     """For our trainer, which every split that is searched is one of"""
     job, gpus = plan.job, plan.job.gpus
+    own = {name: getattr(options, name) for name in ("context", "window", "save")}
+    given = {name: value for name, value in own.items() if value is not None}
+    name = options.model or DEFAULT_MODEL
+    if replace(PRESETS[name], **given) != job.config:
+        return f"gptkernels train has no name for this model; with one: --parallel {plan.split.parallel}"
     nodes = -(-gpus // job.gpu.per_node)
     where = f"--nnodes {nodes} " if nodes > 1 else ""
-    model = f"--model {options.model or 'NAME'}"
     launch = "" if gpus == 1 else f"torchrun {where}--nproc-per-node {min(gpus, job.gpu.per_node)} -m "
-    words = [f"{launch}gptkernels train {model} --data FILE --batch {plan.sequences}"]
-    if plan.step.times > 1:
-        words.append(f"--micro-batch {plan.step.micro}")
-    if options.context is not None:
-        words.append(f"--context {options.context}")
-    if options.window is not None:
-        words.append(f"--window {options.window}")
-    if options.save is not None:
-        words.append(f"--save {options.save}")
-    return " ".join([*words, *([] if gpus == 1 else [f"--parallel {plan.split.parallel}"])])
+    words = [f"run: {launch}gptkernels train --model {name} --data FILE --batch {plan.sequences}"]
+    words += [f"--micro-batch {plan.step.micro}"] * (plan.step.times > 1)
+    words += [f"--{option} {value}" for option, value in given.items()]
+    return " ".join([*words, *[f"--parallel {plan.split.parallel}"] * (gpus > 1)])
 
 
 def savings(plan: Plan, rates: Rates) -> list[str]:
@@ -159,11 +159,9 @@ def savings(plan: Plan, rates: Rates) -> list[str]:
         return []
     lines = []
     if plan.split.context > 1:
-        halo = halo_bytes(job.config, step.micro, windows[0], job.length, plan.split)
-        gathered = gathered_bytes(job.config, step.micro, job.length, plan.split)
         lines.append(
-            f"halo: {halo / 1e6:,.3g} MB for a banded layer, where gathering its keys and values would move "
-            f"{gathered / 1e6:,.4g} MB"
+            f"halo: {figure(step.halo(windows[0]) / 1e6)} MB for a banded layer, where all keys and values would be "
+            f"{figure(step.gathered / 1e6)} MB"
         )
     dense = replace(step, config=replace(job.config, pattern=("dense",)))
     flops = [cost.training_flops_per_token(each.config, job.length) for each in (step, dense)]
@@ -171,7 +169,8 @@ def savings(plan: Plan, rates: Rates) -> list[str]:
     spared = step_memory(dense).total - plan.memory.total
     lines.append(
         f"bands against all layers dense, split alike: {100 * (1 - flops[0] / flops[1]):.1f}% fewer FLOPs, "
-        f"{gigabytes(abs(spared))} GB {'less' if spared >= 0 else 'more'}, {plan.days:,.3g} days and not {days:,.3g}"
+        f"{gigabytes(abs(spared))} GB {'less' if spared >= 0 else 'more'}, "
+        f"{figure(plan.days)} days and not {figure(days)}"
     )
     return lines
 
@@ -190,8 +189,6 @@ def batch_lines(job: Job, noise_scale: float | None) -> list[str]:
 def noise_of(job: Job, noise_scale: float | None) -> tuple[float, str]:
     if noise_scale is not None:
         return noise_scale, "as given"
-    from .model import model_size
-
     loss = expected_loss(job.config, model_size(job.config), job.tokens)
     return critical_batch(loss), f"by Kaplan et al. for a loss of {loss:.2f}, that of {count(job.tokens)} tokens"
 

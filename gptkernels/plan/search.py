@@ -13,6 +13,7 @@ from .step import Times, step_times
 from .traffic import Step
 
 DAY = 86400.0
+DEFAULT_MODEL = "gpt3-1.3b"
 # How far the batch may be from the one that was asked for, to be a whole number of sequences for every GPU.
 BATCH_TOLERANCE = 0.1
 SAME = 1.005  # times that the model cannot tell apart

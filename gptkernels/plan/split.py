@@ -70,6 +70,7 @@ def does_not_fit(config: GPTConfig, length: int, split: Split) -> str | None:
         return f"tp={split.tensor} must divide the {config.heads} heads and {kv_heads} of keys and values"
     if config.hidden % split.tensor:
         return f"tp={split.tensor} must divide the MLP's width of {config.hidden}"
-    if length % (split.context * split.tensor):
-        return f"cp={split.context}, tp={split.tensor} must divide the {length} tokens of a sequence"
+    pieces = 2 * split.context if split.context > 1 else 1
+    if length % (pieces * split.tensor):
+        return f"cp={split.context}, tp={split.tensor} must cut the {length} tokens of a sequence into equal pieces"
     return None

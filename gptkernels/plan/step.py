@@ -34,8 +34,8 @@ def step_times(step: Step, rates: Rates) -> Times:
     def seconds(when: str) -> float:
         return sum(each.seconds for each in moved if each.when == when) / constants.link
 
-    beside, halo = seconds("data"), seconds("halo")
-    exposed = seconds("waits") + max(0.0, halo - attention)
+    beside = seconds("data")
+    exposed = seconds("waits") + max(0.0, seconds("attention") - attention)
     # Nothing hides more than it lasts itself.
     exposed += max(beside * (1 - constants.hidden), beside - compute - exposed)
     micro = (compute + exposed) / step.times

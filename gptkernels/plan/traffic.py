@@ -8,14 +8,15 @@ from .model import ModelSize
 from .split import Split
 from .stacks import OURS, Stack
 
-GRADIENT_BYTES = 4  # of keys and values: context parallelism sums them up in float32
+# Context parallelism gathers the keys and values of a dense layer up to so many bytes; larger ones go around in a ring.
+RING_ABOVE = 2**28
 
 
 @dataclass(frozen=True)
 class Transfer:
     """Bytes that a GPU receives in a step, and how long its links take, before the share of their rate that is reached.
     when: "data", beside the computation as far as it can be hidden, "step", once at its end, "waits", in its way, or
-    "halo", beside the attention of rows that need none."""
+    "attention", beside the attention of rows that need none of it."""
 
     name: str
     when: str
@@ -24,19 +25,23 @@ class Transfer:
     seconds: float
 
 
-def transfer(name: str, when: str, gpu: GPU, size: int, inner: int, received: float) -> Transfer:
-    """size: of the group; inner: ranks between two neighbours of it; received: bytes of each of its GPUs"""
+def transfer(
+    name: str, when: str, gpu: GPU, size: int, inner: int, received: float, one_port: bool = False
+) -> Transfer:
+    """size: of the group; inner: ranks between two neighbours of it; received: bytes of each of its GPUs; one_port: by
+    messages between neighbours, not by a collective"""
     inside = min(size, max(1, gpu.per_node // inner))  # ranks of the group in one node
     if size <= inside:
         return Transfer(name, when, received, 0.0, received / gpu.nvlink)
-    # Rings enter a node through every GPU's port that the group has there.
-    rate = min(gpu.nvlink, inside * gpu.network)
+    # NCCL's rings enter a node through every GPU's port that the group has there; of neighbours who take turns the one
+    # in the next node makes all others wait.
+    rate = gpu.network if one_port else min(gpu.nvlink, inside * gpu.network)
     return Transfer(name, when, received * (inside - 1) / inside, received / inside, received / rate)
 
 
-def halo_bytes(config: GPTConfig, sequences: int, window: int, length: int, split: Split) -> int:
-    """Of the keys and values that a rank of a banded layer gets from those before it"""
-    seen = min(window - 1, length - length // split.context)
+def halo_bytes(config: GPTConfig, sequences: int, window: int, length: int, split: Split, pieces: int = 1) -> int:
+    """Of the keys and values that a rank of a banded layer gets from others. pieces: of a sequence, that it has"""
+    seen = min(pieces * (window - 1), length - length // split.context)
     return 2 * sequences * seen * (config.kv_width // split.tensor) * 2
 
 
@@ -69,6 +74,24 @@ class Step:
     def layers(self) -> float:
         """That a GPU computes"""
         return self.config.layers / self.split.pipeline
+
+    @property
+    def pieces(self) -> int:
+        """Of a sequence that a rank has: where a layer is dense one from each end, so that all have as much to do"""
+        return 2 if self.split.context > 1 and None in self.windows() else 1
+
+    def halo(self, window: int) -> int:
+        """Bytes for a layer of this window"""
+        return halo_bytes(self.config, self.micro, window, self.length, self.split, self.pieces)
+
+    @property
+    def gathered(self) -> float:
+        """Bytes for a dense layer"""
+        return gathered_bytes(self.config, self.micro, self.length, self.split)
+
+    @property
+    def in_ring(self) -> bool:
+        return self.gathered > RING_ABOVE
 
     def windows(self) -> list[int | None]:
         """Of each layer, None where it is dense"""
@@ -111,17 +134,18 @@ def tensor_transfers(step: Step) -> list[Transfer]:
 
 
 def context_transfers(step: Step) -> list[Transfer]:
-    config, split, windows = step.config, step.split, step.windows()
+    split, windows = step.split, step.windows()
     if split.context == 1:
         return []
-    gathered = gathered_bytes(config, step.micro, step.length, split) * windows.count(None)
-    halo: float = sum(halo_bytes(config, step.micro, w, step.length, split) for w in windows if w is not None)
-    # Forward gathers keys and values, backward again, and scatters their gradients. A halo is kept.
-    gathered *= (2 + GRADIENT_BYTES / 2) * step.times
-    halo *= (1 + GRADIENT_BYTES / 2) * step.times
+    # Forward gathers keys and values, backward again, and scatters their gradients; around a ring these travel with
+    # them, in float32. A halo is kept, and only its gradients go back.
+    dense = windows.count(None) * step.gathered * (4 if step.in_ring else 3) * step.times
+    halo = 2 * sum(step.halo(window) for window in windows if window is not None) * step.times
+    name, when = ("ring", "attention") if step.in_ring else ("all-gather", "waits")
+    around = split.context, split.tensor
     return [
-        transfer("all-gather of keys and values", "waits", step.gpu, split.context, split.tensor, gathered),
-        transfer("halo of banded layers", "halo", step.gpu, split.context, split.tensor, halo),
+        transfer(f"{name} of keys and values", when, step.gpu, *around, dense, one_port=step.in_ring),
+        transfer("halo of banded layers", "attention", step.gpu, *around, halo, one_port=True),
     ]
 
 
