@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from gptkernels import cli
+from gptkernels.failures import UsageError
 from gptkernels.models import GPT, GPTConfig, checkpoint
 from gptkernels.models.data import Text
-from gptkernels.models.distill import Student
+from gptkernels.models.distill import Student, check_options
 from gptkernels.models.training import Trainer, TrainOptions
 
 SMALL = GPTConfig(vocabulary=64, context=32, layers=2, width=64, heads=4, pattern=("dense", "banded"), window=8)
@@ -197,6 +199,13 @@ def test_masked_models_and_tasks_are_refused(tmp_path, taught, capsys):
     task = tiny(tmp_path, "--steps", "1", "--task", "classification", "--data", str(tmp_path / "task.jsonl"))
     assert cli.main([*task, "--distill-from", taught]) == 2
     assert "--distill-from is for language models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parallel", ["fsdp,cp=2", "tp", "ddp,cp"])
+def test_cut_sequences_and_layers_are_refused(parallel):
+    options = Namespace(task=None, alpha=None, temperature=None, parallel=parallel)
+    with pytest.raises(UsageError, match=f"goes with --parallel none, ddp or fsdp, not {parallel}"):
+        check_options(options, "hf:teacher")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

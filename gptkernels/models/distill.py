@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..failures import UsageError
 from ..ops.linear_kl_div import linear_kl_div
+from ..parallel.mesh import parse
 from . import checkpoint
 from .data import Tokenizer
 from .gpt import GPT
@@ -70,6 +71,8 @@ def check_options(options: Namespace, source: str | None) -> None:
                 raise UsageError(f"--{name} needs --distill-from, the teacher that it is about")
     elif options.task:
         raise UsageError("--distill-from is for language models: it goes with no --task")
+    elif (split := parse(options.parallel)).cp != 1 or split.tp != 1:
+        raise UsageError(f"--distill-from goes with --parallel none, ddp or fsdp, not {options.parallel}")
 
 
 def load_teacher(
