@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gptkernels as gk
 from gptkernels import cli
+from gptkernels.failures import UsageError
 from gptkernels.models import checkpoint
 from gptkernels.models.data import Text
 from gptkernels.models.parallel import Workers
@@ -318,6 +319,16 @@ def trained(parallel: str, out: str | None, config: dict, resume: bool = False) 
     if state is not None:
         trainer.resume(state)
     return [record.loss for record in trainer.train()]
+
+
+def refused_training(parallel: str, compiled: bool) -> str:
+    model, tokens = gk.GPT(gk.GPTConfig(**TRAINED, window=8)), torch.zeros(500, dtype=torch.int64).numpy()
+    options = TrainOptions(steps=1, batch=4, compile=compiled)
+    try:
+        Trainer(model, Text(tokens, 32, 64), options, workers=Workers(parallel, "cpu"))
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def written(folder: str) -> str:

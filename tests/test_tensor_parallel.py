@@ -154,6 +154,17 @@ def test_refusals_name_the_numbers(four):
             assert message.startswith(f"ValueError: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("parallel", "compiled", "message"),
+    [
+        ("fsdp,tp=2", True, "--compile must be off with tp: torch.compile cannot trace a model that is cut"),
+        ("ddp,tp=2", False, "--parallel ddp,tp=2 must be fsdp,...: ddp has no room for cut parameters"),
+    ],
+)
+def test_training_that_is_refused(four, parallel, compiled, message):
+    assert four.run("tensor_cases:refused_training", parallel, compiled) == [message] * 4
+
+
 def test_a_cut_model_is_not_cut_again(two):
     assert (
         two.run("tensor_cases:refused_twice")
