@@ -135,15 +135,20 @@ def test_a_source_that_is_compiled_several_times(tmp_path, monkeypatch):
     assert all(name in text.splitlines()[-1] for name in objects)
 
 
+LAUNCHED = re.compile(r"attention_([fb]wd)_launch<[^;]*, (true|false)>\(")
+
+
 def test_the_instantiations_are_those_that_are_called():
     folder = cuda_build.source_directory() / "attention"
-    called = re.findall(
-        r"with_head_dim<([\d, ]+)>\([^;]*attention_([fb]wd)_launch", (folder / "attention.cu").read_text()
-    )
-    assert len(called) == 2
-    for sizes, direction in called:
-        compiled = cuda_build.variants(folder / f"attention_{direction}_sm90.cu")
-        assert compiled == [f"-DHEAD_DIM={size}" for size in sizes.split(", ")]
+    text = (folder / "attention.cu").read_text()
+    called = re.findall(r"with_head_dim<([\d, ]+)>\(([^;]*attention_([fb]wd)_launch.*?)\}\);", text, re.S)
+    launched = [(sizes, name, bent) for sizes, work, _ in called for name, bent in LAUNCHED.findall(work)]
+    assert sorted((name, bent) for _, name, bent in launched) == [
+        *(("bwd", "false"), ("bwd", "true"), ("fwd", "false"), ("fwd", "true")),
+    ]
+    for sizes, direction, bent in launched:
+        file = f"attention_{direction}_{'bent_' if bent == 'true' else ''}sm90.cu"
+        assert cuda_build.variants(folder / file) == [f"-DHEAD_DIM={size}" for size in sizes.split(", ")], file
 
 
 def test_without_nvcc(cache, tmp_path, monkeypatch, capsys):

@@ -9,8 +9,9 @@ from torch.utils.checkpoint import checkpoint
 import gptkernels as gk
 from gptkernels.parallel import attention as parts
 from gptkernels.parallel.calls import Options
+from gptkernels.parallel.inside import current
 from gptkernels.parallel.layout import Layout
-from gptkernels.parallel.shards import Shard, current
+from gptkernels.parallel.shards import Shard
 
 
 def heads(mesh, dtype=torch.float32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..parallel import shards
+from ..parallel import inside
 from .data import Tokenizer
 from .gpt import GPT
 
@@ -178,7 +178,7 @@ class TaskModel(nn.Module):
 
     def scores(self, hidden: Tensor, ends: Tensor) -> Tensor:
         """hidden: (B * S, T, C), ends: (B, S) -> (B, classes)"""
-        shards.refuse("a task's model", "only one rank has a sequence's last token")
+        inside.refuse("a task's model", "only one rank has a sequence's last token")
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         last = self.dropout(hidden[rows, ends.flatten()]).view(*ends.shape, -1)
         if self.task == "multiple_choice":

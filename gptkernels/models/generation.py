@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import attention, decode_attention
-from ..parallel import shards
+from ..parallel import inside
 
 
 class LayerCache:
@@ -140,7 +140,7 @@ def stream(
 
     temperature 0 takes the likeliest token; top_k and top_p keep the likeliest k, or those that reach a probability of
     p together. use_cache=False computes everything again for each token."""
-    shards.refuse("generation", "every rank has whole prompts")
+    inside.refuse("generation", "every rank has whole prompts")
     sampling = Sampling(temperature, top_k, top_p)
     tokens, lengths = pad(prompts, model)
     longest = int(lengths.max()) + max_new_tokens

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..nn import MLP, CausalSelfAttention, GatedMLP, LayerNorm, RMSNorm, rotary_tables
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp.reference import ACTIVATIONS
-from ..parallel import shards
+from ..parallel import inside
 from . import generation, hf_weights
 from .config import GPTConfig
 
@@ -187,10 +187,10 @@ class GPT(nn.Module):
         -> (B, T, C), what the head reads
 
         cache: a generation.KVCache, which knows the tokens before these."""
-        shard = shards.current()
+        shard = inside.current()
         check_tokens(tokens, self.config, 1 if shard is None else shard.size)
         if cache is not None:
-            shards.refuse("generation", "a cache holds whole sequences")
+            inside.refuse("generation", "a cache holds whole sequences")
             positions = cache.positions(tokens)
         else:
             if shard is None:
@@ -263,7 +263,7 @@ class GPT(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """hidden: (B, T, C), targets: (B, T)"""
-        shard = shards.current() if reduction == "mean" else None
+        shard = inside.current() if reduction == "mean" else None
         loss = self.token_loss(*self.before_head(hidden), targets, reduction if shard is None else "sum")
         return loss if shard is None else shard.share_of_mean(loss, (targets != NO_TARGET).sum())
 
@@ -280,7 +280,7 @@ class GPT(nn.Module):
         """hidden: (B, T, C) -> (B, 2)"""
         if self.masked_head is None:
             raise ValueError('order needs a model with objective="masked"')
-        shards.refuse("order", "only one rank has a row's first token")
+        inside.refuse("order", "only one rank has a row's first token")
         if key_start is None:
             return self.masked_head.order_logits(hidden[:, 0])
         rows = torch.arange(hidden.shape[0], device=hidden.device)

@@ -8,7 +8,8 @@ import torch
 
 from ..dispatch import instead
 from .attention import shard_attention
-from .shards import Shard, become, connect, refuse, shard_of
+from .inside import become, refuse
+from .shards import Shard, connect, shard_of
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which shard of the sequence this process has, inside gptkernels.parallel.context: what the ops and the models ask."""
+"""One process's shard of the sequence, and the checks of what says which."""
 
 import functools
 from collections.abc import Iterator
@@ -82,30 +82,3 @@ def connect(group, device_type: str) -> None:
     a first sum has everybody, where some have nothing to send."""
     if device_type == "cuda":
         dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
-
-
-@dataclass
-class State:
-    """Of this process: a backward pass runs in threads of autograd's own, which have to see the same."""
-
-    shard: Shard | None = None
-
-
-_state = State()
-
-
-def current() -> Shard | None:
-    """The shard that this process has inside a context; None outside"""
-    return _state.shard
-
-
-def refuse(what: str, why: str) -> None:
-    """ValueError inside a context"""
-    if _state.shard is not None:
-        raise ValueError(f"{what} must be outside of gptkernels.parallel.context: {why}")
-
-
-def become(shard: Shard | None) -> Shard | None:
-    """-> what it was before"""
-    before, _state.shard = _state.shard, shard
-    return before

@@ -15,7 +15,6 @@ from ..ops.linear_cross_entropy import linear_cross_entropy
 from ..ops.mlp import mlp as mlp_op
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
-from . import context_parallel as cutting
 from . import interface
 from .families import PARTS
 from .gated_mlps import FORMULAS
@@ -72,7 +71,11 @@ def accelerate(
     if window is not None and (dense or not attentions):
         raise ValueError(f"window must be None for this model: not all of its attention can have one{listed(dense)}")
     banded = chosen_layers(attentions, layers) if window is not None else set()
-    shard = None if context_parallel is None else cutting.shard_for(model, context_parallel, found, left)
+    shard = None
+    if context_parallel is not None:
+        from . import context_parallel as cutting  # and with it torch's distributed engine and compiler
+
+        shard = cutting.shard_for(model, context_parallel, found, left)
     rows = []
     undo_configs = interface.switch(modules, configs)
     for path, families in found.items():

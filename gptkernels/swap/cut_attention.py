@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..parallel import shards
+from ..parallel import inside
 from ..parallel.attention import shard_attention
 from ..parallel.shards import Shard
 from .masks import Mask
@@ -45,4 +45,4 @@ def tokens_alone() -> Iterator[None]:
 
 def is_cut(shard: Shard | None) -> bool:
     """Whether attention's tokens are a shard, by its module or by a context"""
-    return shard is not None or shards.current() is not None
+    return shard is not None or inside.current() is not None
