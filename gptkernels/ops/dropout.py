@@ -26,6 +26,11 @@ def draw_seed(device: torch.device) -> Tensor:
     return seed if _change is None else _change(seed)
 
 
+def apart(seed: Tensor, place: int) -> Tensor:
+    """Another seed for each place, of one that all of them have drawn"""
+    return (seed + place * 0x9E3779B97F4A7C1) % 2**62
+
+
 @contextmanager
 def changing_seeds(change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Inside, seeds are what `change` makes of those that are drawn."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops import dropout
+from .gather import ALL_GATHER
 
-# Their names from torch 2.13 on, and those before
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, ALL_GATHER)
+# Its name from torch 2.13 on, and the one before
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -58,7 +59,7 @@ class Ranks:
 
         def seed_of(seed: Tensor) -> Tensor:
             if own:
-                return (seed + self.rank * 0x9E3779B97F4A7C1) % 2**62
+                return dropout.apart(seed, self.rank)
             dist.broadcast(seed, group=self.group, group_src=0)
             return seed
 

@@ -79,6 +79,17 @@ def chunk_rows(rows: int, fewest: int = MIN_ROWS) -> int:
     return max(1, -(-rows // chunks))
 
 
+def logits_buffer(rows: int, vocabulary: int, x: Tensor) -> Tensor:
+    """-> (rows, vocabulary) like x, to be filled"""
+    # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
+    padded = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
+    buffer = torch.empty((rows, padded), dtype=x.dtype, device=x.device)
+    if buffer.is_cpu:
+        # oneDNN multiplies bfloat16 in pairs: beside the last of an odd vocabulary it reads the padding, times 0.
+        buffer[:, vocabulary:] = 0
+    return buffer[:, :vocabulary]
+
+
 @remembered
 def fewest_rows(call: LossCall) -> int:
     return choices.setting("loss_rows", "linear_cross_entropy", call, MIN_ROWS)
@@ -143,13 +154,7 @@ def over_chunks(
     if not x.shape[0]:
         weight_sum.zero_()
     step = chunk_rows(x.shape[0], fewest_rows(call))
-    # Rows start at multiples of 16 bytes, for the vocabularies that are divisible by nothing.
-    padded = -(-weight.shape[0] // ROW_ELEMENTS) * ROW_ELEMENTS
-    buffer = torch.empty((step, padded), dtype=x.dtype, device=x.device)
-    if buffer.is_cpu:
-        # oneDNN multiplies bfloat16 in pairs: beside the last of an odd vocabulary it reads the padding, times 0.
-        buffer[:, weight.shape[0] :] = 0
-    buffer = buffer[:, : weight.shape[0]]
+    buffer = logits_buffer(step, weight.shape[0], x)
     options = Options(
         call.ignore_index,
         any(needs),

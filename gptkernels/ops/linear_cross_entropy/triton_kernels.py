@@ -30,6 +30,23 @@ def scores_of(
 
 
 @triton.jit
+def seen(peak, total, scores):
+    """A running maximum and sum of exponentials: (BLOCK,) each, with scores: (BLOCK,)"""
+    higher = tl.maximum(peak, scores, propagate_nan=tl.PropagateNan.ALL)
+    # A lane that has seen nothing but -inf has a sum of 0, not exp(-inf + inf).
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp(peak - base) + tl.exp(scores - base)
+
+
+@triton.jit
+def log_sum(peak, total):
+    """(BLOCK,) each -> ()"""
+    highest = tl.max(peak, axis=0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return base + tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
+
+
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr,  # (R, V), rows stride apart; replaced by their gradient if WITH_GRAD
     targets_ptr,  # (R,) int64
@@ -77,14 +94,8 @@ def cross_entropy_kernel(
             if HAS_CLASS_WEIGHT:
                 present *= tl.load(class_weight_ptr + column, mask=column < V, other=0.0)
             weighted += present
-        higher = tl.maximum(peak, scores, propagate_nan=tl.PropagateNan.ALL)
-        # A lane that has seen nothing but -inf has a sum of 0, not exp(-inf + inf).
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(peak - base) + tl.exp(scores - base)
-        peak = higher
-    highest = tl.max(peak, axis=0)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    lse = base + tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
+        peak, total = seen(peak, total, scores)
+    lse = log_sum(peak, total)
     of_target = tl.load(logits_ptr + target, mask=valid, other=float("nan"))
     right, _ = scores_of(of_target, bias_ptr, target, V, softcap, temperature, HAS_BIAS, CAPPED, WARM)
     loss = lse - right

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...torch_library import torch_op
-from ..linear_cross_entropy.chunks import ROW_ELEMENTS, chunk_rows
+from ..linear_cross_entropy.chunks import chunk_rows, logits_buffer
 from ..products import add_product
 from .record import DistillCall
 
@@ -53,15 +53,6 @@ def bwd_outputs(
     return grad_x, grad_weight if float_weight_grad else grad_weight.to(call.weight.dtype)
 
 
-def buffer_of(rows: int, vocabulary: int, x: Tensor) -> Tensor:
-    """(rows, vocabulary) in x's dtype; rows start at multiples of 16 bytes, and what is between them is 0, which oneDNN
-    reads when it multiplies bfloat16 in pairs"""
-    padded = -(-vocabulary // ROW_ELEMENTS) * ROW_ELEMENTS
-    buffer = torch.empty((rows, padded), dtype=x.dtype, device=x.device)
-    buffer[:, vocabulary:] = 0
-    return buffer[:, :vocabulary]
-
-
 def counts_of(call: DistillCall) -> Tensor:
     """-> (M,) float32"""
     if call.targets is None:
@@ -79,7 +70,7 @@ def over_chunks(
     grad_x, weight_sum = empty_grads(call, needs_x, needs_weight)
     weight_sum[tokens if x.shape[0] else 0 :].zero_()
     step = chunk_rows(x.shape[0])
-    buffer, teacher_buffer = (buffer_of(step, tokens, each) for each in (x, call.teacher_x))
+    buffer, teacher_buffer = (logits_buffer(step, tokens, each) for each in (x, call.teacher_x))
     options = Options(call.temperature, needs_x or needs_weight)
     for start in range(0, x.shape[0], step):
         rows = slice(start, min(start + step, x.shape[0]))

@@ -6,27 +6,10 @@ import triton.language as tl
 from ... import hardware
 from ...remembered import remembered
 from ...triton_calls import Launch
-from ..linear_cross_entropy.triton_kernels import LAUNCH
+from ..linear_cross_entropy.triton_kernels import LAUNCH, log_sum, seen
 from . import chunks
 from .chunks import Chunk, Options
 from .record import DistillCall
-
-
-@triton.jit
-def seen(peak, total, scores):
-    """A running maximum and sum of exponentials: (BLOCK,) each, with scores: (BLOCK,)"""
-    higher = tl.maximum(peak, scores, propagate_nan=tl.PropagateNan.ALL)
-    # A lane that has seen nothing but -inf has a sum of 0, not exp(-inf + inf).
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    return higher, total * tl.exp(peak - base) + tl.exp(scores - base)
-
-
-@triton.jit
-def log_sum(peak, total):
-    """(BLOCK,) each -> ()"""
-    highest = tl.max(peak, axis=0)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    return base + tl.log(tl.sum(total * tl.exp(peak - base), axis=0))
 
 
 @triton.jit
