@@ -53,6 +53,12 @@ def loss() -> dict[str, Tensor]:
     return {"x": draw(B, T, C), "weight": draw(V, C), "targets": targets, "bias": draw(V)}
 
 
+def distilled() -> dict[str, Tensor]:
+    student = {name: x for name, x in loss().items() if name != "bias"}
+    teacher = {"teacher_x": draw(B, T, 8, seed=3, grad=False), "teacher_weight": draw(V, 8, seed=4, grad=False)}
+    return student | teacher
+
+
 def rope() -> dict[str, Tensor]:
     angles = torch.arange(T * D // 2).view(T, D // 2) / 7
     tables = {"cos": angles.cos(), "sin": angles.sin()}
@@ -101,6 +107,10 @@ CALLS = {
         {"label_smoothing": 0.1},
     ),
     "log_probs": (gk.linear_log_probs, loss, {"temperature": 0.7}),
+    **{
+        f"kl_div, {reduction}": (gk.linear_kl_div, distilled, {"reduction": reduction, "temperature": 2.0})
+        for reduction in ("mean", "sum", "none")
+    },
 }
 
 
@@ -122,7 +132,7 @@ def usual(name: str) -> list[dict[str, Placement]]:
         first = dict.fromkeys(("fc_weight", "fc_bias", "gate_weight", "gate_bias", "up_weight", "up_bias"), Shard(0))
         columns = {**first, "proj_weight": Shard(1), "down_weight": Shard(1)}
         return [columns, {**columns, "x": Shard(1)}, {**columns, "residual": Shard(1)}, *norms, {"x": Partial()}]
-    rows = [{"x": Shard(d), "targets": Shard(d)} for d in range(2)]
+    rows = [{"x": Shard(d), "targets": Shard(d), "teacher_x": Shard(d)} for d in range(2)]
     return [{"weight": Shard(0), "bias": Shard(0)}, {"weight": Shard(0)}, *rows, {"x": Shard(2), "weight": Shard(1)}]
 
 

@@ -46,6 +46,8 @@ COLUMNS |= {"proj_weight": Shard(1), "down_weight": Shard(1)}
         ("gated_mlp", COLUMNS, [Partial()]),
         ("loss, sum", {"x": Shard(1), "targets": Shard(1)}, [Partial()] * 2),
         ("loss, none", {"x": Shard(0), "targets": Shard(0)}, [Shard(0)]),
+        ("kl_div, none", dict.fromkeys(("x", "teacher_x", "targets"), Shard(1)), [Shard(1)]),
+        ("kl_div, sum", dict.fromkeys(("x", "teacher_x", "targets"), Shard(0)), [Partial()]),
         ("mlp", {}, [Replicate()]),
     ],
 )

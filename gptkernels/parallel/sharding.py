@@ -137,8 +137,7 @@ class Call:
                 dist.broadcast(seed, group=self.mesh.get_group(dimension), group_src=0)
         for dimension, strategy in enumerate(self.strategies):
             if strategy.shares_work:
-                place = self.mesh.get_local_rank(dimension) * 64**dimension
-                seed = (seed + place * 0x9E3779B97F4A7C1) % 2**62
+                seed = dropout.apart(seed, self.mesh.get_local_rank(dimension) * 64**dimension)
         return seed
 
     def computed(self, local: Arguments) -> Any:
@@ -300,6 +299,16 @@ def of_loss(arguments: Arguments, ranks: int) -> list[Strategy]:
     return found
 
 
+def of_kl_div(arguments: Arguments, ranks: int) -> list[Strategy]:
+    if arguments["reduction"] == "mean":  # of rows that count, which no rank knows of the others'
+        return []
+    found = []
+    for d in range(arguments["x"].ndim - 1):
+        outputs = (Shard(d) if arguments["reduction"] == "none" else PARTIAL,)
+        found.append(Strategy(given(arguments, x=Shard(d), teacher_x=Shard(d), targets=Shard(d)), outputs))
+    return found
+
+
 def results_of(arguments: Arguments) -> int:
     return 1 + bool(arguments.get("return_lse") or arguments.get("return_z_loss"))
 
@@ -325,6 +334,7 @@ STRATEGIES: dict[str, Callable[[Arguments, int], list[Strategy]]] = {
     "gated_mlp": of_gated_mlp,
     "linear_cross_entropy": of_loss,
     "linear_log_probs": of_loss,
+    "linear_kl_div": of_kl_div,
 }
 RESULTS: dict[str, Callable[[Arguments], int]] = dict.fromkeys(("add_layer_norm", "add_rms_norm", "rope"), lambda _: 2)
 SHAPES: dict[str, Callable[[Arguments], list]] = {
@@ -337,4 +347,5 @@ SHAPES: dict[str, Callable[[Arguments], list]] = {
     "gated_mlp": lambda a: [(*a["x"].shape[:-1], a["down_weight"].shape[0])],
     "linear_cross_entropy": shapes_of_loss,
     "linear_log_probs": shapes_of_loss,
+    "linear_kl_div": lambda a: [a["x"].shape[:-1] if a["reduction"] == "none" else ()],
 }
